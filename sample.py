@@ -1,0 +1,416 @@
+"""From noise to pictures: guidance, ODE solvers, checkpoints of ours and the published ones, drawing.
+
+    python sample.py out/pixel/ckpt.pt                                     a labelled grid beside the checkpoint
+    python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2         chosen classes, guidance scale
+    torchrun --nproc_per_node=8 sample.py ckpt.pt --n 50000 --out samples.npz              samples for evaluation
+    python sample.py out/pixel out/latent --plot k --out k.png             a column of several runs' log.csv
+
+N images, C channels, H, W their size; t runs from 0 (noise) to 1 (data).
+"""
+import csv
+import json
+import math
+import os
+import time
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import model
+from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, print0, progress, read_tensors, run,
+                  seed_of, setup, write_atomically)
+from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
+
+# What the published weights need for sampling (their papers' and Table 4's settings).
+PUBLISHED = {
+    "JiT":          dict(space="pixel", target="x", tau=0.05, cfg=2.9, interval=(0.1, 1.0)),
+    "LightningDiT": dict(space="latent", target="v", tau=0.0, cfg=1.5, interval=(0.1, 1.0)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Guidance and solvers (Alg. 2)
+
+def guided(kdiff, y, scale, interval):
+    """velocity(z (N,C,H,W), t 0-d) of labels y (N,), guided by `scale` while interval[0] < t < interval[1].
+
+    An interval that begins at 0 holds t = 0 too. Outside it, and at scale 1, the unconditional pass is left out.
+    """
+    low, high = interval
+    both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
+
+    def velocity(z, t):
+        t = torch.as_tensor(t, dtype=torch.float32, device="cpu")           # compared in float32, without a GPU sync
+        if scale == 1 or not ((t > low or t == low == 0) and t < high):
+            times = torch.full((len(z),), t.item(), device=z.device)
+            return kdiff.velocity(kdiff.net(z, times, y), z, times)
+        times = torch.full((2 * len(z),), t.item(), device=z.device)
+        zz = torch.cat([z, z])
+        v, v_null = kdiff.velocity(kdiff.net(zz, times, both), zz, times).chunk(2)
+        return v_null + scale * (v - v_null)
+    return velocity
+
+
+def integrate(velocity, z, steps=50, solver="heun"):
+    """Solve dz/dt = velocity(z, t) from t = 0 to 1 on a uniform grid; solver "euler", or "heun" with a last Euler step."""
+    times = torch.linspace(0, 1, steps + 1)
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        v = velocity(z, t)
+        if solver == "heun" and i < steps - 1:
+            v = (v + velocity(z + (t_next - t) * v, t_next)) / 2
+        z = z + (t_next - t) * v
+    return z
+
+
+def autocast(device, dtype=None):
+    """Autocast to dtype "bfloat16" or "float32" (none); None: bfloat16 on GPUs that have it in hardware."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = bf16 if dtype is None else dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+@torch.no_grad()
+def generate(kdiff, codec, labels, indices, cfg, interval, steps=50, solver="heun", seed=0,
+             dtype=None):
+    """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]) alone."""
+    device, net = kdiff.net.pos_embed.device, kdiff.net
+    z = kdiff.noise_scale * seeded_normal((net.in_channels, net.image_size, net.image_size),
+                                          [seed_of(seed, "sample", i) for i in indices], device)
+    with autocast(device, dtype):
+        x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, steps, solver)
+    return codec.decode(x)
+
+
+def sample_all(kdiff, codec, labels, batch_size, **how):
+    """uint8 images (N,3,H,W) of all labels (list of N), made on this process alone."""
+    indices = list(range(len(labels)))
+    return torch.cat([generate(kdiff, codec, labels[i:i + batch_size], indices[i:i + batch_size], **how).cpu()
+                      for i in range(0, len(labels), batch_size)])
+
+
+def generate_split(kdiff, codec, classes, n, batch_size, **how):
+    """This process's share of n samples with labels going round `classes`: (uint8 (b,3,H,W), labels, indices) each."""
+    start, mine = time.time(), list(range(n * RANK // WORLD, n * (RANK + 1) // WORLD))
+    for i in range(0, len(mine), batch_size):
+        indices = mine[i:i + batch_size]
+        labels = [classes[j % len(classes)] for j in indices]
+        yield generate(kdiff, codec, labels, indices, **how), labels, indices
+        progress(i + len(indices), len(mine), start, "samples")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def assemble(config):
+    """The untrained KDiff of a config: a dict of the settings below. UserError where they do not go together."""
+    try:
+        net = model.build(config["model"], config["net_size"], config["num_classes"], config["in_channels"],
+                          **({"qk_norm": True} if config.get("qk_norm") else {}))
+        return KDiff(net, config["target"], num_classes=config["num_classes"], t_mean=config["t_mean"],
+                     t_std=config["t_std"], noise_scale=config["noise_scale"], tau=config["tau"],
+                     label_drop=config["label_drop"], loss=config["loss"])
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from None
+
+
+def pack_codec(codec, tokenizer_file=None):
+    """What a checkpoint keeps of a Codec: statistics, and the tokenizer's arrays or (VA-VAE) its file."""
+    pca = codec.tokenizer if isinstance(codec.tokenizer, PatchPCA) else None
+    return {"mean": codec.mean, "std": codec.std, "pca": pca and {"mean": pca.mean, "basis": pca.basis},
+            "tokenizer": tokenizer_file}
+
+
+def unpack_codec(state, tokenizer_file=None):
+    """The Codec of pack_codec's dict; tokenizer_file overrides where the VA-VAE weights lie."""
+    file = tokenizer_file or (state.get("tokenizer") if os.path.exists(state.get("tokenizer") or "") else None)
+    tokenizer = PatchPCA(**state["pca"]) if state.get("pca") else VAVAE(file) if file else None
+    return Codec(tokenizer, state.get("mean"), state.get("std"))
+
+
+def published_config(weights, name):
+    """The config of a published network from its weights; name None: the size whose shapes they have."""
+    try:
+        rows, tokens = weights["y_embedder.embedding_table.weight"].shape[0], weights["pos_embed"].shape[1]
+        patches = weights["x_embedder.proj1.weight" if "x_embedder.proj1.weight" in weights else "x_embedder.proj.weight"]
+        depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+        shape, family = (patches.shape[-1], weights["pos_embed"].shape[2], depth), \
+            "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
+        name = name or next(n for n, size in model.SIZES.items() if size[:3] == shape and n.startswith(family))
+    except (KeyError, IndexError, AttributeError, StopIteration):
+        raise UserError("the weights are of no network known here: neither JiT nor LightningDiT (--model names one)")
+    if name not in model.SIZES:
+        raise UserError(f"unknown model {name}: choose from {', '.join(model.SIZES)}")
+    size = math.isqrt(tokens) * model.SIZES[name][0]
+    return dict(model=name, net_size=size, in_channels=patches.shape[1], num_classes=rows - 1, t_mean=0.0, t_std=1.0,
+                noise_scale=size / 256 if family == "JiT" else 1.0, label_drop=0.1, loss="v",
+                qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
+
+
+def published_weights(file, ema):
+    """The flat weights of a published JiT or LightningDiT file, without prefixes, and the EMA's name."""
+    names = {"0.9999": "model_ema1", "0.9996": "model_ema2"} if "model_ema1" in file else {"ema": "ema"}
+    key = names.get(ema or next(iter(names)))
+    if ema and (key is None or key not in file):
+        raise UserError(f"--ema {ema}: the file has {', '.join(names)}")
+    weights = next((file[k] for k in (key, "ema", "model") if isinstance(file.get(k), dict)), file)
+    weights = {k.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("net."): v for k, v in weights.items()}
+    return weights, ema or next(iter(names))
+
+
+def read_weights(path, ema=None, model=None):
+    """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
+    file = read_tensors(path)
+    try:
+        if "config" not in file or "data" not in file:
+            weights, ema = published_weights(file, ema)
+            config = published_config(weights, model)
+            state = {"classes": [str(i) for i in range(config["num_classes"])]}
+            return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch"), ema
+        config = file["config"]
+        if model and model != config["model"]:
+            raise UserError(f"--model {model}: {path} holds a {config['model']}")
+        ema = ema or config["ema_default"]
+        if ema not in file["ema"] and ema != "none":
+            raise UserError(f"--ema {ema}: {path} has {', '.join(file['ema'])} or none")
+        return config, file["model"] if ema == "none" else file["ema"][ema], file["data"], file["step"], ema
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a checkpoint of ours, JiT or LightningDiT") from None
+
+
+def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
+    """Open a checkpoint of ours or a published one, ready to sample.
+
+    ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its own default
+    model        the size, for published files (else found from the shapes)
+    tokenizer    VA-VAE weights file; stats: latents_stats.pt, for published latent networks
+    Returns a namespace: kdiff, codec, classes (names), config, step, ema. UserError where the file does not fit.
+    """
+    config, weights, state, step, ema = read_weights(path, ema, model)
+    try:
+        if stats:
+            state = state | {key: read_tensors(stats)[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
+        if config["space"] == "latent" and state.get("mean") is None:
+            raise UserError(f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
+        kdiff = assemble(config)
+        kdiff.load_state_dict(weights)
+        codec = unpack_codec(state, tokenizer)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: its weights do not fit {config.get('model')} ({reason} ...)") from None
+    kdiff, codec = kdiff.to(device).eval().requires_grad_(False), codec.to(device)
+    return SimpleNamespace(kdiff=kdiff, codec=codec, classes=state["classes"], config=config, step=step, ema=ema)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Drawing (Pillow alone)
+
+INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
+COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (120, 120, 120)]
+
+
+def draw_grid(images, names, path, columns):
+    """Write uint8 images (N,3,H,W) as rows of `columns`, each row with its name in front; small ones enlarged."""
+    size = images.shape[-1]
+    zoom, gap = max(1, 96 // size), 4
+    cell, font = size * zoom + gap, ImageFont.load_default(14)
+    margin = 16 + int(max(font.getlength(name) for name in names))
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        sheet.paste(picture.resize((size * zoom,) * 2, Image.NEAREST), (margin + column * cell, gap + row * cell))
+        if column == 0:
+            pen.text((8, gap + row * cell + cell // 2), names[row], INK, font, anchor="lm")
+    write_atomically(path, sheet.save)
+
+
+def ticks(low, high):
+    """About five round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5.01)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def draw_curves(panels, path):
+    """Write panels side by side, each (title, x label, {name: (xs, ys)}); y from 0 to 1 where the values lie there."""
+    W, H, left, top, bottom = 560, 380, 64, 40, 46
+    sheet = Image.new("RGB", (W * len(panels), H), PAPER)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for p, (title, x_label, curves) in enumerate(panels):
+        xs, ys = ([v for curve in curves.values() for v in curve[i] if math.isfinite(v)] for i in (0, 1))
+        if not xs or not ys:
+            continue
+        x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
+        y0, y1 = (0, 1) if 0 <= min(ys) and max(ys) <= 1 and max(ys) > 0.3 else (min(0, min(ys)), max(max(ys), 1e-9) * 1.05)
+        right = 20
+        px = lambda x: p * W + left + (x - x0) / (x1 - x0) * (W - left - right)
+        py = lambda y: H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
+        for x in ticks(x0, x1):
+            pen.line([(px(x), py(y0)), (px(x), py(y1))], GREY)
+            pen.text((px(x), py(y0) + 6), f"{x:,.10g}", INK, font, anchor="mt")
+        for y in ticks(y0, y1):
+            pen.line([(px(x0), py(y)), (px(x1), py(y))], GREY)
+            pen.text((px(x0) - 6, py(y)), f"{y:.10g}", INK, font, anchor="rm")
+        for i, (name, curve) in enumerate(curves.items()):
+            points = [(px(x), py(min(max(y, y0), y1))) for x, y in zip(*curve) if math.isfinite(x) and math.isfinite(y)]
+            pen.line(points, COLOURS[i % len(COLOURS)], 2)
+            if len(curves) > 1:
+                pen.text((p * W + W - right - 8, top + 10 + 18 * i), name, COLOURS[i % len(COLOURS)], font, anchor="rt")
+        pen.text((p * W + W // 2, 12), title, INK, ImageFont.load_default(16), anchor="mt")
+        pen.text((p * W + W // 2, H - 8), x_label, INK, font, anchor="mb")
+    write_atomically(path, sheet.save)
+
+
+def read_log(run_folder, column):
+    """(steps, values) of a column of a run's log.csv, rows without a value left out."""
+    try:
+        with open(Path(run_folder) / "log.csv", newline="") as file:
+            rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{run_folder}: no column {column!r} to draw in its log.csv ({error})") from None
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def draw_k_of_t(kdiff, path):
+    """Fig. 5: the learned k(t) of target "time", and the density of the times that training drew."""
+    t = torch.linspace(0, 1, 8 * BINS + 1)
+    k, density = k_of_t(kdiff.w.detach().float().cpu(), t), logit_normal(kdiff.t_mean, kdiff.t_std)(t[1:-1])
+    draw_curves([("k(t)", "t: noise to data", {"k": (t.tolist(), k.tolist())}),
+                 ("density of the times in training", "t: noise to data", {"p": (t[1:-1].tolist(), density.tolist())})], path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Samples for evaluation
+
+def write_samples(batches, n, out, settings):
+    """Write n samples, made by several processes, to out: an .npz (arr_0, arr_1, settings) or a folder of PNGs."""
+    out = Path(out)
+    if out.suffix != ".npz":
+        out.mkdir(parents=True, exist_ok=True)
+        for images, labels, indices in batches:
+            for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
+                Image.fromarray(image).save(out / f"{i:06}_{label}.png")
+        barrier()
+        if RANK == 0:
+            (out / "settings.json").write_text(json.dumps(settings))
+        return
+    parts = [out.with_name(f"{out.name}.{i}.tmp.npy") for i in (0, 1)]          # shared by all processes, then zipped
+    arrays = None
+    for images, labels, indices in batches:
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        if arrays is None:
+            if RANK == 0:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                for part, dtype, shape in ((parts[0], np.uint8, (n, *images.shape[1:])), (parts[1], np.int64, (n,))):
+                    np.lib.format.open_memmap(part, "w+", dtype, shape)
+            barrier()
+            arrays = [np.load(part, mmap_mode="r+") for part in parts]
+        arrays[0][indices], arrays[1][indices] = images, labels
+    for array in arrays or ():
+        array.flush()
+    barrier()
+    if RANK == 0:
+        np.save(text := out.with_name(f"{out.name}.2.tmp.npy"), np.array(json.dumps(settings)))
+
+        def write(temporary):
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+                for part, name in zip((*parts, text), ("arr_0", "arr_1", "settings")):
+                    file.write(part, f"{name}.npy")
+        write_atomically(out, write)
+        for part in (*parts, text):
+            part.unlink()
+
+
+def choose_classes(text, names):
+    """The indices that a --classes value names: numbers or class names, separated by commas."""
+    chosen = []
+    for word in text.split(","):
+        if word not in names and not (word.isdigit() and int(word) < len(names)):
+            raise UserError(f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1}"
+                            + (f" ({', '.join(names)})" if len(names) <= 20 else ""))
+        chosen.append(int(word) if word.isdigit() and word not in names else names.index(word))
+    return chosen
+
+
+def parse():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", nargs="+", help="ckpt.pt of a run, or a published file; with --plot, folders of runs")
+    add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
+    add("--n", type=int, help="number of images (default: 8 a class in a grid, 50,000 for --fid)")
+    add("--cfg", type=float, help="guidance scale; 1 is none (default: the checkpoint's)")
+    add("--interval", type=float, nargs=2, help="times between which guidance acts (default: the checkpoint's)")
+    add("--steps", type=int, default=50, help="solver steps (default 50)")
+    add("--solver", choices=("heun", "euler"), default="heun", help="(default heun)")
+    add("--ema", help="which average of the weights, or none (default: the checkpoint's)")
+    add("--seed", type=int, default=0, help="(default 0)")
+    add("--batch_size", type=int, default=64, help="images at a time on each process (default 64)")
+    add("--out", help="picture (.png), .npz of samples, or a folder for PNGs (default: samples.png beside)")
+    add("--model", help="the size of a published checkpoint, where it cannot be told from the shapes")
+    add("--tokenizer", help="VA-VAE weights file, for latent checkpoints")
+    add("--stats", help="latents_stats.pt, for published latent checkpoints")
+    add("--device", help="default: cuda, else cpu")
+    add("--fid", metavar="REF", help="evaluate against this reference (see fid.py)")
+    add("--features", choices=("inception", "pixels"), default="inception", help="for --fid (default inception)")
+    add("--weights", help="Inception weights file, for --fid")
+    add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
+    args = parser.parse_args()
+    for name in ("n", "steps", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    return args
+
+
+def main():
+    args = parse()
+    if args.plot:
+        out = args.out or f"{args.plot}.png"
+        curves = {Path(folder).name: read_log(folder, args.plot) for folder in args.checkpoint}
+        draw_curves([(args.plot, "step", curves)], out)
+        return print0(f"wrote {out}")
+    if len(args.checkpoint) > 1:
+        raise UserError(f"{args.checkpoint[1]}: one checkpoint at a time (several go with --plot)")
+    device, *_ = setup(args.device)
+    path = Path(args.checkpoint[0])
+    it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
+    if not it.codec.decodes:
+        raise UserError(f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
+    if device.type == "cuda":
+        for block in it.kdiff.net.blocks:
+            block.compile()
+    grid = not args.fid and (args.out is None or args.out.endswith(".png"))
+    classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
+    classes = classes[:8] if grid and not args.classes else classes
+    how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg, interval=args.interval or it.config["interval"],
+               steps=args.steps, solver=args.solver, seed=args.seed)
+    settings = dict(checkpoint=str(path), step=it.step, ema=it.ema, model=it.config["model"],
+                    net_size=it.config["net_size"], **how)
+    n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
+    print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
+           + " | ".join(f"{key} {value}" for key, value in how.items()))
+    if grid and RANK == 0:
+        columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
+        labels = [classes[j // columns] for j in range(n)]
+        images = sample_all(it.kdiff, it.codec, labels, args.batch_size, **how)
+        draw_grid(images, [it.classes[c] for c in classes], out, columns)
+        print0(f"wrote {out}: {n} samples")
+    if grid:
+        return
+    batches = generate_split(it.kdiff, it.codec, classes, n, args.batch_size, **how)
+    if args.fid:
+        import fid
+        fid.report(batches, args.fid, args.features, args.weights, device, settings)
+    else:
+        write_samples(batches, n, args.out, settings)
+        print0(f"wrote {args.out}: {n:,} samples")
+
+
+if __name__ == "__main__":
+    run(main)
