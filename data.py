@@ -197,7 +197,7 @@ def shape_distance(name, x, y):
         return np.minimum(np.maximum(np.abs(x) - 1, np.abs(y) - 0.28), np.maximum(np.abs(x) - 0.28, np.abs(y) - 1))
     if name == "star":                                          # fold to one of five points: a line from tip to notch
         fold = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        return np.cos(0.63) * (r * np.sin(fold)) + np.sin(0.63) * (r * np.cos(fold) - 1.1)
+        return np.cos(0.4) * (r * np.sin(fold)) + np.sin(0.4) * (r * np.cos(fold) - 1.1)
     if name == "ellipse":
         level, slope = np.hypot(x / 1.1, y / 0.5), np.hypot(x / 1.1 ** 2, y / 0.5 ** 2)
         return level * (level - 1) / np.maximum(slope, 1e-9)

@@ -123,7 +123,7 @@ class Inception(nn.Module):
     weights_file: with the published file's keys; None leaves it untrained. UserError where it does not fit. Float32
     throughout whatever the caller's autocast and TF32 settings, since both would move an FID in its third digit.
     """
-    name, dim, title = "inception", 2048, "FID"
+    name, key, dim = "inception", "fid", 2048
 
     def __init__(self, weights_file=None):
         super().__init__()
@@ -160,16 +160,16 @@ class Inception(nn.Module):
 
 class Pixels(nn.Module):
     """uint8 images (N, 3, H, W) to 16x16 area-averaged RGB in [0, 1], (N, 768), and None for the logits."""
-    name, dim, title, sha256 = "pixels", 768, "pixel distance", None
+    name, key, dim, sha256 = "pixels", "pixel_distance", 768, None
 
     def forward(self, images):
         return F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1), None
 
 
+EXTRACTORS = {"inception": Inception, "pixels": Pixels}
 WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 URLS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
-CACHE = Path("~/.cache/kdiff").expanduser()
 
 
 def sha256(path):
@@ -185,46 +185,40 @@ def sha256(path):
 
 
 def download(path):
-    """Fetch the weights from the first of URLS that answers with the right bytes; UserError where none does."""
+    """Write the weights to path from the first URL that gives the right bytes, and return it; None if none does."""
     for url in URLS:
+        print0(f"downloading {url}")
         try:
-            print0(f"downloading {url}")
             with urllib.request.urlopen(url, timeout=30) as response:
                 content = response.read(2 ** 27)
         except (OSError, http.client.HTTPException):
             continue
         if hashlib.sha256(content).hexdigest() == WEIGHTS:
-            return write_atomically(path, lambda temporary: temporary.write_bytes(content))
-    raise UserError(f"no Inception weights and no network: download {URLS[0]} elsewhere and name it with --weights")
+            write_atomically(path, lambda temporary: temporary.write_bytes(content))
+            return path
 
 
 def find_weights():
-    """The published weights: cached by us or by the evaluators that share the file, else downloaded by one process."""
-    hub = Path(torch.hub.get_dir()) / "checkpoints"
-    for path in (ours := CACHE / URLS[0].rpartition("/")[2], *(hub / url.rpartition("/")[2] for url in URLS)):
-        if path.exists():
-            return path
-    failure = [None]
-    if RANK == 0:
-        try:
-            download(ours)
-        except UserError as error:
-            failure = [str(error)]
+    """The published weights: in our cache or that of the evaluators that share the file, else downloaded, once."""
+    hub, names = Path(torch.hub.get_dir()) / "checkpoints", [url.rpartition("/")[2] for url in URLS]
+    places = [Path("~/.cache/kdiff").expanduser() / names[0], *(hub / name for name in names)]
+    found = [next((path for path in places if path.exists()), None) or download(places[0]) if RANK == 0 else None]
     if WORLD > 1:
-        dist.broadcast_object_list(failure)
-    if failure[0]:
-        raise UserError(failure[0])
-    return ours
+        dist.broadcast_object_list(found)
+    if not found[0]:
+        raise UserError(f"no Inception weights and no network: fetch {URLS[0]} elsewhere and name it with --weights, or "
+                        f"put it at {places[0]}")
+    return found[0]
 
 
 def make_extractor(features="inception", weights=None, device="cpu", any_weights=False):
-    """Inception or Pixels on the device: a module with .name, .dim, .title, .sha256. UserError for other weights."""
+    """Inception or Pixels on the device. UserError for a weights file that is not the published one."""
     if features == "pixels":
         return Pixels().to(device)
     weights = weights or find_weights()
-    if not any_weights and sha256(weights) != WEIGHTS:
-        raise UserError(f"{weights}: not the published weights (sha256 {sha256(weights)[:8]}..., not {WEIGHTS[:8]}...): "
-                        "no FID could be compared; get the file again, or pass --any_weights for a number of your own")
+    if not any_weights and (found := sha256(weights)) != WEIGHTS:
+        raise UserError(f"{weights}: not FID's weights (sha256 {found[:8]}..., not {WEIGHTS[:8]}...): fetch {URLS[0]}, or "
+                        "pass --any_weights for a number that compares with nothing")
     return Inception(weights).to(device)
 
 
@@ -319,43 +313,99 @@ def inception_score(logits, splits=10):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+class Reference(NamedTuple):
+    """Statistics, and of their making what is known: published files tell mu and sigma alone."""
+    path: str
+    mu: np.ndarray                                                                # (D,)
+    sigma: np.ndarray                                                             # (D, D)
+    n: int = None
+    size: tuple = None                                                            # (H, W)
+    weights: str = None                                                           # sha256
+
+    def check(self, size, weights):
+        """UserError where images of this size, or features of these weights, do not compare with it."""
+        if self.size and size and tuple(self.size) != tuple(size):
+            raise UserError(f"{self.path}: made at {self.size[1]}x{self.size[0]} px, the samples have {size[1]}x{size[0]}")
+        if self.weights and weights and self.weights != weights:
+            raise UserError(f"{self.path}: made with other weights (sha256 {self.weights[:8]}..., now {weights[:8]}...)")
+
+
+@torch.no_grad()
+def collect(batches, extractor, device="cpu"):
+    """(mu, sigma, n) and the logits (n, 1008) in global order (None for pixels) of all processes; as evaluate()."""
+    statistics, rows = Statistics(extractor.dim, device), []
+    for images, first in batches:
+        features, logits = extractor(images.to(device))
+        statistics.add(features)
+        rows.append((first, logits))
+    mu, sigma, n = statistics.reduce().finish()
+    if extractor.name == "pixels":
+        return (mu, sigma, n), None
+    table = torch.zeros(n, 1008, device=device)
+    for first, logits in rows:
+        table[first:first + len(logits)] = logits
+    if WORLD > 1:
+        dist.all_reduce(table)                                        # each row is zero on all processes but one
+    return (mu, sigma, n), table.cpu()
+
+
+def evaluate(batches, extractor, reference, device="cpu"):
+    """Measure this process's batches of (uint8 (N, 3, H, W), global index of the first), from files or a sampler.
+
+    Returns, on all processes, a dict: fid or pixel_distance, n and, for 10 images or more through Inception, is_mean
+    and is_std. UserError where images or weights do not fit the reference.
+    """
+    def checked():
+        for images, first in batches:
+            reference.check(images.shape[2:], extractor.sha256)
+            yield images, first
+    (mu, sigma, n), logits = collect(checked(), extractor, device)
+    result = {extractor.key: frechet_distance(mu, sigma, reference.mu, reference.sigma), "n": n}
+    if logits is not None and n >= 10:
+        result["is_mean"], result["is_std"] = inception_score(logits)
+    return result
+
+
+def show(result, reference, weights=None, settings=None):
+    """Print a result of evaluate() with everything that made it; weights: their sha256, settings: of the samples."""
+    few = min(result["n"] or 2048, reference.n or 2048)
+    if "fid" in result:
+        print0(f"FID {result['fid']:.6g}", f"(warning: from {few:,} images; fewer than 2,048 give too high an FID)"
+               if few < 2048 else "")
+    else:
+        print0(f"pixel distance {result['pixel_distance']:.6g}")
+    if "is_mean" in result:
+        print0(f"IS {result['is_mean']:.6g} +- {result['is_std']:.4g}")
+    samples, images = (f"{n:,} images" if n else "statistics of unknown count" for n in (result["n"], reference.n))
+    print0(f"samples: {samples}", f"| settings {json.dumps(settings)}" if settings else "")
+    print0(f"reference: {images} | {reference.path}",
+           f"| sha256 {sha256(reference.path)}" if RANK == 0 and os.path.isfile(reference.path) else "")
+    if weights:
+        print0(f"weights: sha256 {weights}", "" if weights == WEIGHTS else "(WARNING: not FID's own; not comparable)")
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Files
 
 class Images(NamedTuple):
-    """n images of size (H, W); read(first, last, batch_size) yields (uint8 (N, 3, H, W), index of its first image)."""
-    path: str
+    """n images of one size (H, W) on disk."""
     n: int
     size: tuple
-    settings: dict
-    read: Callable
+    read: Callable                            # (first, last, batch_size) -> batches as evaluate() takes them
+    settings: dict = None                     # of the sampler that made them
 
     def batches(self, batch_size):
         """This process's share, with a line of progress."""
         start, first, last = time.time(), self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD
         for images, i in self.read(first, last, batch_size):
             yield images, i
-            progress(i + len(images) - first, last - first, start, Path(self.path).name)
-
-
-class Reference(NamedTuple):
-    """Statistics with what is known of their making; published files tell mu and sigma alone."""
-    path: str
-    mu: np.ndarray
-    sigma: np.ndarray
-    n: int = None
-    image_size: int = None
-    weights: str = None
-
-    def check(self, size, extractor):
-        """UserError where images of this (H, W), or this extractor's numbers, cannot be compared with it."""
-        if self.image_size and (self.image_size,) * 2 != tuple(size):
-            raise UserError(f"{self.path}: made at {self.image_size} px, the samples have {size[1]}x{size[0]}")
-        if self.weights and self.weights != extractor.sha256:
-            raise UserError(f"{self.path}: made with other Inception weights (sha256 {self.weights[:8]}...)")
+            progress(i + len(images) - first, last - first, start)
 
 
 def read_ahead(item, workers):
-    """A reader of Images from item(i) -> uint8 (3, H, W); threads decode a batch while the last one is used."""
+    """Images.read from item(i) -> uint8 (3, H, W): threads decode the next batch while the caller uses this one."""
     def read(first, last, batch_size):
         with ThreadPoolExecutor(workers) as pool:
             ahead = pool.map(item, range(first, min(first + batch_size, last)))
@@ -366,19 +416,16 @@ def read_ahead(item, workers):
 
 
 def open_folder(path, workers):
-    """The images below a folder at their own size, in the order of their paths."""
-    files = list_images(path)
+    """Images below a folder, not cropped, in the order of their paths."""
+    files, settings = list_images(path), Path(path, "settings.json")
     width, height = read_image(files[0]).size
 
     def item(i):
         image = read_image(files[i])
         if image.size != (width, height):
-            raise UserError(f"{files[i]} is {image.width}x{image.height}, {files[0]} is {width}x{height}: "
-                            "all images must have one size")
+            raise UserError(f"{files[i]} is {image.width}x{image.height}, {files[0]} is {width}x{height}: one size needed")
         return to_tensor(image)
-    settings = os.path.join(path, "settings.json")
-    return Images(path, len(files), (height, width), read_json(settings) if os.path.exists(settings) else None,
-                  read_ahead(item, workers))
+    return Images(len(files), (height, width), read_ahead(item, workers), read_json(settings) if settings.exists() else None)
 
 
 @contextmanager
@@ -387,23 +434,12 @@ def open_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except UserError:
-        raise
-    except Exception as error:                                                    # zipfile, zlib and numpy raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable .npz ({reason})") from None
+    except Exception as error:                                        # zipfile, zlib and numpy raise many kinds
+        raise UserError(f"{path}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
 
 
-def read_header(file):
-    """Shape and dtype of an opened .npy file, which is left at its first byte of data."""
-    version = np.lib.format.read_magic(file)
-    shape, fortran, dtype = {(1, 0): np.lib.format.read_array_header_1_0,
-                             (2, 0): np.lib.format.read_array_header_2_0}[version](file)
-    return shape, dtype, fortran
-
-
-def read_small(archive, name):
-    """A member of an .npz as an array of at most 256 MB; None where there is none."""
+def read_member(archive, name):
+    """An array of an .npz; None where it holds none of that name. ValueError beyond 256 MB, whatever it unpacks to."""
     if f"{name}.npy" not in archive.namelist():
         return None
     if archive.getinfo(f"{name}.npy").file_size > 2 ** 28:
@@ -413,6 +449,123 @@ def read_small(archive, name):
 
 
 def open_npz(path, features):
-    """A Reference where the .npz holds mu and sigma, else the Images of its arr_0, streamed and never held whole."""
+    """The Reference in an .npz of mu and sigma, else the Images in its arr_0, which is streamed, never held whole."""
+    def read(first, last, batch_size):
+        with open_zip(path) as archive, archive.open("arr_0.npy") as file:
+            file.seek(start + first * pixels)
+            for i in range(first, last, batch_size):
+                n = min(batch_size, last - i)
+                batch = torch.frombuffer(bytearray(file.read(n * pixels)), dtype=torch.uint8)
+                yield batch.view(n, *shape[1:]).permute(0, 3, 1, 2), i
+
     with open_zip(path) as archive:
-        mu, sigma = read_small(archive, "mu"), read_small(archive, "sigma")
+        mu, sigma = read_member(archive, "mu"), read_member(archive, "sigma")
+        if mu is not None or sigma is not None:                       # ADM's references hold arr_0 as well
+            return read_statistics(path, archive, mu, sigma, features)
+        settings = read_member(archive, "settings")
+        with archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            start, pixels = file.tell(), math.prod(shape[1:])
+        if len(shape) != 4 or shape[3] != 3 or pixels < 1 or dtype != np.uint8 or fortran:
+            raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3) in C order")
+        if archive.getinfo("arr_0.npy").file_size != start + shape[0] * pixels:
+            raise ValueError(f"arr_0 does not hold its {shape[0]:,} images")
+        return Images(shape[0], shape[1:3], read, None if settings is None else json.loads(settings.item()))
+
+
+def read_statistics(path, archive, mu, sigma, features):
+    """The Reference of mu and sigma and the members that --make_ref adds. ValueError where they do not fit."""
+    made, n, size, weights = (None if value is None else value.item() for value in
+                              (read_member(archive, name) for name in ("features", "n", "image_size", "weights")))
+    dim = EXTRACTORS[features].dim
+    if made and made != features:
+        raise ValueError(f"made with --features {made}, not {features}")
+    if np.shape(mu) != (dim,) or np.shape(sigma) != (dim, dim):
+        raise ValueError(f"mu {np.shape(mu)} and sigma {np.shape(sigma)}, but {features} features are {dim} numbers")
+    if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise ValueError("mu and sigma are not finite")
+    return Reference(path, mu.astype(np.float64), sigma.astype(np.float64), n, (size, size) if size else None, weights)
+
+
+def open_source(path, features, workers=1):
+    """Reference or Images: a folder, an .npz or a packed .npy. UserError for anything else and fewer than 2 images."""
+    if os.path.isdir(path):
+        source = open_folder(path, workers)
+    elif path.endswith(".npz"):
+        source = open_npz(path, features)
+    else:
+        data = Packed(path)
+        source = Images(len(data), tuple(data[0][0].shape[1:]), read_ahead(lambda i: data[i][0], workers))
+    if isinstance(source, Images) and source.n < 2:
+        raise UserError(f"{path}: {source.n} images have no covariance, 2 are needed and 50,000 usual")
+    return source
+
+
+def load_reference(path, features="inception"):
+    """The Reference that --make_ref wrote, or a published one. UserError where it does not fit the features."""
+    reference = open_source(path, features)
+    if isinstance(reference, Images):
+        raise UserError(f"{path}: images, not their statistics; make them by `python fid.py --make_ref`")
+    return reference
+
+
+def make_reference(args, extractor, device):
+    """Write the statistics of args.make_ref, cropped as for training, to args.out."""
+    data = Shapes(10_000, args.image_size) if args.make_ref == "shapes" else open_dataset(args.make_ref, args.image_size)
+    images = Images(len(data), (args.image_size,) * 2, read_ahead(lambda i: data[i][0], args.workers))
+    (mu, sigma, n), _ = collect(images.batches(args.batch_size), extractor, device)
+    made = dict(mu=mu, sigma=sigma, n=n, image_size=args.image_size, features=extractor.name, weights=extractor.sha256 or "")
+    if RANK == 0:
+        write_atomically(args.out, lambda temporary: np.savez(temporary, **made))
+    print0(f"wrote {args.out}: {extractor.name} features of {n:,} images of {args.image_size} px")
+
+
+def parse():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("samples", nargs="?", help="a folder of images, an .npz (arr_0, or mu and sigma) or a packed .npy")
+    add("reference", nargs="?", help="likewise")
+    add("--make_ref", metavar="DATA", help="write a reference: a folder of images, a packed .npy, or `shapes`")
+    add("--image_size", type=int, help="for --make_ref: pixels, cropped to as in training")
+    add("--out", help="for --make_ref: the .npz")
+    add("--features", choices=list(EXTRACTORS), default="inception", help="default inception")
+    add("--weights", help="Inception weights file (default: downloaded once)")
+    add("--any_weights", action="store_true", help="accept other weights: a number that compares with nothing")
+    add("--batch_size", type=int, default=64, help="images at a time on each process (default 64)")
+    add("--workers", type=int, default=max(1, os.cpu_count() // WORLD), help="decoding threads (default: the cores)")
+    add("--device", help="default: cuda, else cpu")
+    args = parser.parse_args()
+    if args.make_ref is None and args.reference is None or args.make_ref and not (args.image_size and args.out):
+        parser.error("give SAMPLES and REF, or --make_ref DATA --image_size PIXELS --out FILE.npz")
+    if args.make_ref and not args.out.endswith(".npz"):
+        parser.error(f"--out {args.out}: a reference is an .npz file")
+    if min(args.batch_size, args.workers, args.image_size or 1) < 1:
+        parser.error("--batch_size, --workers and --image_size must be positive")
+    return args
+
+
+def main():
+    args = parse()
+    device, *_ = setup(args.device)
+    sources = [] if args.make_ref else [open_source(path, args.features, args.workers)
+                                        for path in (args.samples, args.reference)]
+    if args.make_ref or any(isinstance(source, Images) for source in sources):
+        extractor = make_extractor(args.features, args.weights, device, args.any_weights)
+    run.each_for_itself = True                # a damaged image is met by one process alone, which has to report it
+    if args.make_ref:
+        return make_reference(args, extractor, device)
+    samples, reference = sources
+    if isinstance(reference, Images):
+        statistics, _ = collect(reference.batches(args.batch_size), extractor, device)
+        reference = Reference(args.reference, *statistics, reference.size, extractor.sha256)
+    reference.check(samples.size, None)
+    if isinstance(samples, Images):
+        result = evaluate(samples.batches(args.batch_size), extractor, reference, device)
+        return show(result, reference, extractor.sha256, samples.settings)
+    distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+    show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, samples.weights)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -52,8 +52,10 @@ class RoPE(nn.Module):
         self.register_buffer("freqs_sin", theta.sin().float(), persistent)
 
     def forward(self, tokens):
-        """The tables' last rows as complex numbers (tokens, 1, h/2): exp(i theta) for each pair of channels."""
-        return torch.complex(self.freqs_cos[-tokens:, ::2], self.freqs_sin[-tokens:, ::2])[:, None]
+        """The last rows of the tables as `rotate` takes them: cos and (-sin, sin), each (tokens, 1, h/2, 2)."""
+        sign = torch.tensor([-1.0, 1.0], device=self.freqs_sin.device)
+        cos, sin = (table[-tokens:, None].unflatten(-1, (-1, 2)) for table in (self.freqs_cos, self.freqs_sin))
+        return cos, sin * sign
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, table in self.named_buffers():
@@ -81,7 +83,7 @@ class RMSNorm(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t (N,) in [0, 1] -> (N, D), in float32 also under autocast: bfloat16 has 3 digits for the fastest cosine."""
+    """t (N,) in [0, 1] -> (N, D), in float32 also under autocast: bfloat16 cannot tell nearby times apart."""
 
     def __init__(self, dim, frequencies=128):
         super().__init__()
@@ -91,13 +93,14 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         i = torch.arange(self.frequencies, device=t.device, dtype=torch.float32)
         a = t.float()[:, None] * torch.exp(-math.log(10000) * i / self.frequencies)
-        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):   # meta: see gmacs
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):   # autocast knows no "meta"
             return self.mlp(torch.cat([a.cos(), a.sin()], dim=1))
 
 
 def rotate(x, rope):
-    """Turn each pair of neighbouring channels, read as one complex number: x (N, T, heads, h), rope (T, 1, h/2)."""
-    return torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * rope).flatten(-2)
+    """Turn the pairs of neighbouring channels of x (N, T, heads, h): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    x = x.float().unflatten(-1, (-1, 2))
+    return torch.addcmul(x * rope[0], x.flip(-1), rope[1]).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -136,7 +139,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate."""
+    """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate.
+
+    The first `drop` tokens leave the stream after attention: others have read them, and nobody will again.
+    """
 
     def __init__(self, dim, heads, qk_norm, dropout=0.0):
         super().__init__()
@@ -146,9 +152,10 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, condition, rope):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))
+    def forward(self, x, condition, rope, drop=0):
+        m = self.adaLN_modulation(condition).float()[:, None]      # (N, 1, 6 D); bfloat16 would blur 1 + scale
+        shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
+        x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))[:, drop:]
         return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
 
 
@@ -160,7 +167,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, condition):
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(condition).float()[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
 
 
@@ -176,7 +183,7 @@ class Transformer(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: "
-                             f"try {max(round(image_size / patch_size), 1) * patch_size}, or another model")
+                             f"try {-(-image_size // patch_size) * patch_size}")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
         self.num_classes = num_classes
         self.side = image_size // patch_size
@@ -235,6 +242,7 @@ class JiT(Transformer):
             "proj2": nn.Conv2d(bottleneck, dim, 1)})
         self.context_start = context_start if context_tokens else None
         if context_tokens:
+            assert context_start < depth, "the in-context tokens would never enter"
             self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context_tokens, dim))
         self.rope = RoPE(self.side, dim // heads, prefix=context_tokens)
         self.initialize()
@@ -249,9 +257,10 @@ class JiT(Transformer):
         for i, block in enumerate(self.blocks):
             if i == self.context_start:
                 x = torch.cat([y[:, None] + self.in_context_posemb, x], dim=1)
-                rope = self.rope(x.shape[1])                       # (context_tokens + T, ...)
-            x = block(x, condition, rope)
-        return self.unpatchify(self.final_layer(x[:, -T:], condition))
+                rope = self.rope(x.shape[1])                       # the class tokens stand in front, unturned
+            last = block is self.blocks[-1]
+            x = block(x, condition, rope, drop=x.shape[1] - T if last else 0)
+        return self.unpatchify(self.final_layer(x, condition))
 
 
 class DiT(Transformer):
@@ -323,27 +332,21 @@ class Level(nn.Module):
         return x
 
 
-class Downsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def named(**modules):
+    return nn.Sequential(OrderedDict(modules))
 
 
 def middle(width):
-    return nn.Sequential(OrderedDict(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
-                                     block_2=ResidualBlock(width, width)))
+    return named(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
+                 block_2=ResidualBlock(width, width))
+
+
+def downsample(width):
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
+
+
+def upsample(width):
+    return named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1))
 
 
 class Encoder(nn.Module):
@@ -354,7 +357,7 @@ class Encoder(nn.Module):
         last = len(widths) - 1
         for i, width in enumerate(widths):
             self.down.append(Level(widths[max(i - 1, 0)], width, blocks, attention=i == last))
-            self.down[i].downsample = Downsample(width) if i < last else nn.Identity()
+            self.down[i].downsample = downsample(width) if i < last else nn.Identity()
         self.mid = middle(width)
         self.norm_out = norm(width)
         self.conv_out = nn.Conv2d(width, out, 3, padding=1)
@@ -375,7 +378,7 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         for i, width in enumerate(widths):
             self.up.append(Level(widths[min(i + 1, last)], width, blocks, attention=i == last))
-            self.up[i].upsample = Upsample(width) if i else nn.Identity()
+            self.up[i].upsample = upsample(width) if i else nn.Identity()
         self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -410,20 +413,20 @@ class Autoencoder(nn.Module):
 
 # Columns: patch, D, depth, heads; JiT alone: bottleneck, in-context tokens and the block they enter before
 SIZES = {
-    "JiT-B/16":           (16,  768, 12, 12, 128, 32,  4),
-    "JiT-B/32":           (32,  768, 12, 12, 128, 32,  4),
-    "JiT-L/16":           (16, 1024, 24, 16, 128, 32,  8),
-    "JiT-L/32":           (32, 1024, 24, 16, 128, 32,  8),
-    "JiT-H/16":           (16, 1280, 32, 16, 256, 32, 10),
-    "JiT-H/32":           (32, 1280, 32, 16, 256, 32, 10),
-    "JiT-demo/8":         ( 8,  128,  4,  4,  64,  4,  1),
-    "LightningDiT-B/1":   ( 1,  768, 12, 12),
-    "LightningDiT-B/2":   ( 2,  768, 12, 12),
-    "LightningDiT-L/1":   ( 1, 1024, 24, 16),
-    "LightningDiT-L/2":   ( 2, 1024, 24, 16),
-    "LightningDiT-XL/1":  ( 1, 1152, 28, 16),
-    "LightningDiT-XL/2":  ( 2, 1152, 28, 16),
-    "LightningDiT-demo/1": (1,  128,  4,  4),
+    "JiT-B/16":            (16,  768, 12, 12, 128, 32,  4),
+    "JiT-B/32":            (32,  768, 12, 12, 128, 32,  4),
+    "JiT-L/16":            (16, 1024, 24, 16, 128, 32,  8),
+    "JiT-L/32":            (32, 1024, 24, 16, 128, 32,  8),
+    "JiT-H/16":            (16, 1280, 32, 16, 256, 32, 10),
+    "JiT-H/32":            (32, 1280, 32, 16, 256, 32, 10),
+    "JiT-demo/8":          ( 8,  128,  4,  4,  64,  4,  1),
+    "LightningDiT-B/1":    ( 1,  768, 12, 12),
+    "LightningDiT-B/2":    ( 2,  768, 12, 12),
+    "LightningDiT-L/1":    ( 1, 1024, 24, 16),
+    "LightningDiT-L/2":    ( 2, 1024, 24, 16),
+    "LightningDiT-XL/1":   ( 1, 1152, 28, 16),
+    "LightningDiT-XL/2":   ( 2, 1152, 28, 16),
+    "LightningDiT-demo/1": ( 1,  128,  4,  4),
 }
 COLUMNS = "patch_size", "dim", "depth", "heads", "bottleneck", "context_tokens", "context_start"
 
@@ -448,14 +451,14 @@ def gmacs(net):
 
 
 def main():
-    print(f"{'name':20}  {'input':>10}  {'params':>8}  Gflops (multiply-adds)")
+    print(f"{'name':20} {'input':>10} {'params':>8}   Gflops (multiply-adds)")
     for name, (patch, *_) in SIZES.items():
-        size = (32 if name.startswith("JiT") else 4) if "demo" in name else (
-            16 * patch if name.startswith("JiT") else 16)
+        pixels = name.startswith("JiT")
+        size = (32 if pixels else 4) if "demo" in name else (16 * patch if pixels else 16)
         with torch.device("meta"):
             net = build(name, size, num_classes=1000)
-        params = sum(p.numel() for p in net.parameters())
-        print(f"{name:20}  {f'{net.in_channels}x{size}x{size}':>10}  {params / 1e6:7.1f}M  {gmacs(net):6.2f}")
+        params = sum(p.numel() for p in net.parameters()) / 1e6
+        print(f"{name:20} {f'{net.in_channels}x{size}x{size}':>10} {params:7.1f}M {gmacs(net):8.2f}")
 
 
 if __name__ == "__main__":
