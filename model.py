@@ -4,8 +4,8 @@
     net = model.build("JiT-B/16", image_size=256, num_classes=1000)
     u = net(z, t, y)                                        # (N, C, H, W), (N,), (N,) -> (N, C, H, W)
 
-Both transformers share Block, Attention, RMSNorm and RoPE. The time t runs in [0, 1], class num_classes is the null
-class. State-dict keys are those of the published files, so their weights load strictly.
+The transformers share Block, Attention, RMSNorm and RoPE. Time t runs in [0, 1]; class num_classes is the
+null class. State-dict keys are those of the published files, so their weights load strictly.
 JiT: arXiv 2511.13720; LightningDiT and VA-VAE: arXiv 2501.01423.
 """
 # N batch, C channels, H height, W width; T tokens, D width of a token, h = D / heads
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Positions
 
 
@@ -32,16 +32,16 @@ def angles(position, n):
 
 
 def sincos_positions(side, dim):
-    """The fixed table added to the tokens (1, T, D): the column in the first half of D, the row in the second."""
+    """The fixed table (1, T, D) added to the tokens: first half of D the column, second half the row."""
     row, column = (angles(p, dim // 4) for p in grid(side))
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()[None]
 
 
 class RoPE(nn.Module):
-    """The tables of 2-D rotary positions: the first half of a head turns with the row, the second with the column.
+    """Tables of 2-D rotary positions: the first half of a head turns by the row, the second by the column.
 
-    `prefix` rows in front (angle 0) leave the in-context tokens unturned. Published LightningDiT files carry the
-    tables; they are checked for shape and then ignored, so that a file cannot bring other positions in.
+    `prefix` rows in front (angle 0) leave the in-context tokens unturned. Tables in a loaded file are checked
+    for shape and otherwise ignored, so that no file brings other positions in.
     """
 
     def __init__(self, side, head_dim, prefix=0, persistent=False):
@@ -52,9 +52,9 @@ class RoPE(nn.Module):
         self.register_buffer("freqs_sin", theta.sin().float(), persistent)
 
     def forward(self, tokens):
-        """The last rows of the tables as `rotate` takes them: cos and (-sin, sin), each (tokens, 1, h/2, 2)."""
+        """The tables' last rows as `rotate` takes them: cos and (-sin, sin), each (tokens, 1, h/2, 2)."""
         sign = torch.tensor([-1.0, 1.0], device=self.freqs_sin.device)
-        cos, sin = (table[-tokens:, None].unflatten(-1, (-1, 2)) for table in (self.freqs_cos, self.freqs_sin))
+        cos, sin = (a[-tokens:, None].unflatten(-1, (-1, 2)) for a in (self.freqs_cos, self.freqs_sin))
         return cos, sin * sign
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -64,12 +64,12 @@ class RoPE(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parts of the transformers
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in float32 whatever comes in; optionally * (1 + scale) + shift."""
+    """x / rms(x) * weight over the last axis, always in float32; where given, * (1 + scale) + shift."""
 
     def __init__(self, dim):
         super().__init__()
@@ -93,12 +93,12 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         i = torch.arange(self.frequencies, device=t.device, dtype=torch.float32)
         a = t.float()[:, None] * torch.exp(-math.log(10000) * i / self.frequencies)
-        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):   # autocast knows no "meta"
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
             return self.mlp(torch.cat([a.cos(), a.sin()], dim=1))
 
 
 def rotate(x, rope):
-    """Turn the pairs of neighbouring channels of x (N, T, heads, h): (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn neighbouring channels of x (N, T, heads, h): (a, b) -> (a cos - b sin, b cos + a sin)."""
     x = x.float().unflatten(-1, (-1, 2))
     return torch.addcmul(x * rope[0], x.flip(-1), rope[1]).flatten(-2)
 
@@ -153,7 +153,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, condition, rope, drop=0):
-        m = self.adaLN_modulation(condition).float()[:, None]      # (N, 1, 6 D); bfloat16 would blur 1 + scale
+        m = self.adaLN_modulation(condition).float()[:, None]   # (N, 1, 6 D); bfloat16 would blur 1 + scale
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))[:, drop:]
         return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
@@ -171,7 +171,7 @@ class FinalLayer(nn.Module):
         return self.linear(self.norm_final(x, shift, scale))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The transformers
 
 
@@ -227,10 +227,10 @@ def linear(x, conv):
 
 
 class JiT(Transformer):
-    """Just image Transformer: large patches of pixels through a bottleneck, class tokens in front of the image.
+    """Just image Transformer: large patches of pixels through a bottleneck, class tokens in front.
 
-    forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). ValueError where image_size does not
-    divide into patches. `dropout` acts in the middle half of the blocks.
+    forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). `dropout` acts in the middle half
+    of the blocks. ValueError where image_size does not divide into patches.
     """
 
     def __init__(self, *, image_size, patch_size, in_channels=3, dim, depth, heads, num_classes,
@@ -281,7 +281,7 @@ class DiT(Transformer):
         return self.unpatchify(self.final_layer(x, condition))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # VA-VAE f16d32, a KL autoencoder of the latent-diffusion family
 
 
@@ -311,9 +311,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x):
         y = self.norm(x)
-        q, k, v = (f(y).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))   # (N, 1, H W, C)
+        q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (N, 1, H W, C)
         y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+        return x + self.proj_out(y[:, 0].mT.unflatten(2, x.shape[2:]))
 
 
 class Level(nn.Module):
@@ -374,7 +374,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1])
-        self.up = nn.ModuleList()                                  # counted as in the encoder: 0 is full resolution
+        self.up = nn.ModuleList()                                  # as in the encoder, 0 is full resolution
         last = len(widths) - 1
         for i, width in enumerate(widths):
             self.up.append(Level(widths[min(i + 1, last)], width, blocks, attention=i == last))
@@ -390,7 +390,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], H and W multiples of 16 <-> latents (N, 32, H/16, W/16)."""
+    """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], multiples of 16 <-> latents (N, 32, H/16, W/16)."""
 
     def __init__(self, widths=(128, 128, 256, 256, 512), latent=32):
         super().__init__()
@@ -407,9 +407,6 @@ class Autoencoder(nn.Module):
     def decode(self, z):
         return self.decoder(self.post_quant_conv(z))
 
-
-# ----------------------------------------------------------------------------------------------------------------
-# Sizes
 
 # Columns: patch, D, depth, heads; JiT alone: bottleneck, in-context tokens and the block they enter before
 SIZES = {
@@ -432,7 +429,7 @@ COLUMNS = "patch_size", "dim", "depth", "heads", "bottleneck", "context_tokens",
 
 
 def build(name, image_size, num_classes, in_channels=None, **overrides):
-    """The network of that name; image_size in pixels for JiT, in latents for LightningDiT. ValueError if unknown."""
+    """Network `name`; image_size in pixels for JiT, in latents for LightningDiT. ValueError if unknown."""
     if name not in SIZES:
         raise ValueError(f"unknown model {name}: choose from {', '.join(SIZES)}")
     network, channels = (JiT, 3) if name.startswith("JiT") else (DiT, 32)

@@ -91,7 +91,7 @@ class KDiff(nn.Module):
     def velocity(self, u, z, t):
         """The velocity v^ (N,C,H,W) that the prediction u^ implies at z (N,C,H,W) and times t (N,)."""
         c, d = self.coefficients(t)
-        return (u.float() - (c + d) * z) * error_scale("v", c, d, t.view(-1, 1, 1, 1), self.tau)
+        return (u.to(z.dtype) - (c + d) * z) * error_scale("v", c, d, t.view(-1, 1, 1, 1), self.tau)
 
     def loss(self, x, y, t, e):
         """The loss (a scalar) of data x (N,C,H,W) with labels y (N,) at times t (N,), noise e of std noise_scale."""
@@ -99,7 +99,7 @@ class KDiff(nn.Module):
         s = t.view(-1, 1, 1, 1)
         z = s * x + (1 - s) * e                                                   # Eq. (1a)
         u = c * x + d * e                                                         # Eq. (1b)
-        error = self.net(z, t, y).float() - u
+        error = self.net(z, t, y).to(u.dtype) - u
         return (error * error_scale(self.loss_space, c, d, s, self.tau)).square().mean()      # Eq. (15)
 
     def draw(self, x, y, seeds=None):

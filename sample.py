@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import fid
 import model
 from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, print0, progress, read_tensors, run,
                   seed_of, setup, write_atomically)
@@ -344,7 +345,8 @@ def parse():
     add = parser.add_argument
     add("checkpoint", nargs="+", help="ckpt.pt of a run, or a published file; with --plot, folders of runs")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
-    add("--n", type=int, help="number of images (default: 8 a class in a grid, 50,000 for --fid)")
+    add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say --samples "
+        "(default: 8 a class in a grid, 50,000 for --fid)")
     add("--cfg", type=float, help="guidance scale; 1 is none (default: the checkpoint's)")
     add("--interval", type=float, nargs=2, help="times between which guidance acts (default: the checkpoint's)")
     add("--steps", type=int, default=50, help="solver steps (default 50)")
@@ -379,6 +381,9 @@ def main():
         raise UserError(f"{args.checkpoint[1]}: one checkpoint at a time (several go with --plot)")
     device, *_ = setup(args.device)
     path = Path(args.checkpoint[0])
+    if args.fid:
+        reference, extractor = fid.load_reference(args.fid, args.features), \
+            fid.make_extractor(args.features, args.weights, device)
     it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     if not it.codec.decodes:
         raise UserError(f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
@@ -405,8 +410,8 @@ def main():
         return
     batches = generate_split(it.kdiff, it.codec, classes, n, args.batch_size, **how)
     if args.fid:
-        import fid
-        fid.report(batches, args.fid, args.features, args.weights, device, settings)
+        result = fid.evaluate(((images, indices[0]) for images, _, indices in batches), extractor, reference, device)
+        fid.show(result, reference, extractor.sha256, settings)
     else:
         write_samples(batches, n, args.out, settings)
         print0(f"wrote {args.out}: {n:,} samples")

@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import fid
 from data import (VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes, UserError,
                   duration, open_dataset, print0, read_tensors, run, seed_of, setup, write_atomically)
 from model import gmacs
-from sample import (assemble, autocast, draw_curves, draw_grid, draw_k_of_t, pack_codec, read_log, read_weights,
-                    sample_all)
+from sample import (assemble, autocast, draw_curves, draw_grid, draw_k_of_t, generate_split, pack_codec, read_log,
+                    read_weights, sample_all)
 
 PRESETS = {  # Table 4      latent                 pixel
     "model":               ("LightningDiT-XL/1",   "JiT-B/16"),          # JiT-B/32 at 512 px
@@ -147,11 +148,18 @@ def parse():
     add("--sample_steps", type=int, help="solver steps for pictures")
     add("--cfg", type=float, help="guidance scale of pictures")
     add("--interval", type=float, nargs=2, help="times between which guidance acts")
+    add("--fid_every", type=int, default=0, help="steps between evaluations; 0: none")
+    add("--fid_ref", help="reference statistics (python fid.py --make_ref)")
+    add("--fid_samples", type=int, default=50_000, help="images an evaluation, over all processes")
+    add("--features", choices=list(fid.EXTRACTORS), default="inception", help="pixels: a distance without weights, no FID")
+    add("--weights", help="Inception weights file (default: downloaded once)")
     parser.set_defaults(**values)
     args = parser.parse_args()
     for name in ("batch_size", "log_every", "save_every", "micro_batch", "image_size", "steps", "bench"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    if args.fid_every and not args.fid_ref:
+        raise UserError("--fid_every needs --fid_ref: statistics made by `python fid.py --make_ref`")
     if args.tau == 0 and args.target in ("eps", "0", "0.0"):
         raise UserError(f"--tau 0 with --target {args.target} divides by zero at t = 0: try --tau 0.05")
     if not all(0 < decay < 1 for decay in args.ema):
@@ -365,7 +373,7 @@ class Interrupt:
 # ---------------------------------------------------------------------------------------------------------------
 # What a run shows
 
-COLUMNS = ("step", "epoch", "loss", "k", "k1", "k2", "lr", "grad", "img_per_s", "skipped")
+COLUMNS = ("step", "epoch", "loss", "k", "k1", "k2", "lr", "grad", "img_per_s", "skipped", "fid", "is", "pixel_distance")
 
 
 class Log:
@@ -402,13 +410,28 @@ def show(args, it, codec, data, step, last):
         written.append(out / ("samples.png" if last else f"samples-{step:07}.png"))
         draw_grid(images, data.classes[:rows], written[-1], columns)
     names = ("k1", "k2") if args.target == "two" else ("k",)
-    draw_curves([("loss", "step", {"loss": read_log(out, "loss")}),
-                 (" and ".join(names), "step", {name: read_log(out, name) for name in names})], out / "curves.png")
+    panels = [("loss", ("loss",)), (" and ".join(names), names)] + [(name, (name,)) for name in ("fid", "pixel_distance")]
+    curves = [(title, "step", {name: read_log(out, name) for name in names}) for title, names in panels]
+    draw_curves([panel for panel in curves if any(xs for xs, _ in panel[2].values())], out / "curves.png")
     written.append(out / "curves.png")
     if args.target == "time":
         draw_k_of_t(it.kdiff, out / "k_of_t.png")
         written.append(out / "k_of_t.png")
     return written
+
+
+def evaluate(args, it, codec, data, extractor, reference):
+    """Distance and score of --fid_samples samples of the default average, made and measured by all processes."""
+    with it.ema.swapped(args.ema_default):
+        it.kdiff.eval()
+        samples = generate_split(it.kdiff, codec, range(len(data.classes)), args.fid_samples, 64, cfg=args.cfg,
+                                 interval=args.interval, dtype=args.dtype)
+        result = fid.evaluate(((images, indices[0]) for images, _, indices in samples), extractor, reference, it.device)
+        it.kdiff.train()
+    result = {"is" if name == "is_mean" else name: value for name, value in result.items()}
+    print0(" | ".join(f"{name} {value:,.5g}" for name, value in result.items()) + f" | EMA {args.ema_default} | "
+           f"cfg {args.cfg} | interval {args.interval} | 50 Heun steps")
+    return result
 
 
 def bench(it, args, data, gflops):
@@ -511,6 +534,11 @@ def main():
             raise UserError(f"--init {args.init}: not a {args.model} for this data ({' '.join(str(error).split())[:150]})")
     kdiff, codec, tokenizer = kdiff.to(device).train(), codec.to(device), args.tokenizer
     it = Step(kdiff, codec, args, device)
+    if args.fid_every:
+        extractor, reference = fid.make_extractor(args.features, args.weights, device), \
+            fid.load_reference(args.fid_ref, args.features)
+        if not codec.decodes:
+            raise UserError("--fid_every needs --tokenizer to make images of latents")
     if args.bench:
         return bench(it, args, data, gflops)
 
@@ -534,7 +562,7 @@ def main():
         warm = min(1.0, (step + 1) / max(warmup, 1))
         it(batch, labels, seeds, warm)
         step += 1
-        leave = interrupt.anywhere()
+        leave, evaluates = interrupt.anywhere(), args.fid_every and (step % args.fid_every == 0 or step == args.steps)
         if step % args.log_every == 0 or step == args.steps or leave:
             loss, grad, skipped, longest = it.read()
             speed = ((step - 1) % args.log_every + 1) * args.batch_size / (time.time() - ticked)
@@ -553,12 +581,18 @@ def main():
             if longest >= 10:
                 raise UserError(f"10 steps in a row had a loss or gradient that is not finite; {path} at step {saved} is "
                                 "intact: try a lower --lr, --clip 1, --qk_norm or --dtype float32")
-        if step % args.save_every == 0 or step == args.steps or leave:
+        if step % args.save_every == 0 or step == args.steps or leave or evaluates:
             save(path, step, it, config, state, args.keep)
             saved = step
         if leave:
             print0(f"stopped by signal {interrupt.signal} after step {step:,}, saved in {path}: the same command continues")
             interrupt.leave()
+        if evaluates:
+            interrupt.at_once = True                             # what follows can be repeated: the step is saved
+            result = evaluate(args, it, codec, data, extractor, reference)
+            if log:
+                log.row(step=step, epoch=f"{step / per_epoch:.4f}", **result)
+            interrupt.at_once, ticked = False, time.time()
         if rank == 0 and step < args.steps and args.sample_every and step % args.sample_every == 0:
             show(args, it, codec, data, step, last=False)
             ticked = time.time()
