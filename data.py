@@ -1,16 +1,17 @@
 """From files to tensors and back: built-in shapes, image folders, packed arrays, latents, tokenizers.
 
-A dataset gives (uint8 image (3, H, W) or latent (C, h, w), label); Codec turns a batch of them into the network's x,
-and x back into uint8 images. Here too: processes and device, clear errors, atomic writing.
+A dataset gives (uint8 image (3, H, W) or latent (C, h, w), label); Codec turns a batch of them into the
+network's x, and x back into uint8 images. Here too: processes and device, clear errors, atomic writing.
 N images, C channels, H, W their size in pixels, h, w in latents.
 
-    python data.py pack photos --image_size 256 --out photos.npy           decode and crop once, train from memory maps
-    python data.py encode photos --tokenizer vavae.pt --image_size 256 --out latents      (also under torchrun)
+    python data.py pack photos --image_size 256 --out photos.npy                      decode and crop once
+    python data.py encode photos --tokenizer vavae.pt --image_size 256 --out latents  (also under torchrun)
 """
 import argparse
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from torch import nn
 from model import Autoencoder
 from objective import seeded_normal
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes, device, errors
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
@@ -45,6 +46,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
 
     def error(self, message):
+        """What argparse calls; UserError, always."""
         raise UserError(f"{message} (see --help)")
 
 
@@ -54,8 +56,9 @@ def run(main):
         main()
     except UserError as error:
         if RANK == 0 or getattr(run, "each_for_itself", False):
-            # an error from a loader's worker arrives wrapped in the worker's traceback: its last line is the error
-            print("error:", str(error).rstrip().splitlines()[-1].rpartition("UserError: ")[2], file=sys.stderr, flush=True)
+            # a loader worker's error arrives wrapped in its traceback: the last line is the error
+            message = str(error).rstrip().splitlines()[-1].rpartition("UserError: ")[2]
+            print("error:", message, file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -64,7 +67,7 @@ def run(main):
 
 
 def setup(device=None):
-    """Join torchrun's processes, if any, and return (torch.device, rank, world); device: cuda where there is one."""
+    """Join torchrun's processes, if any: (torch.device, rank, world). device: cuda where there is one."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -73,8 +76,9 @@ def setup(device=None):
         raise UserError(f"--device {name} is not usable here: {str(error).splitlines()[0]}")
     if device.type == "cuda":
         if device.index is None:
-            if LOCAL_RANK >= torch.cuda.device_count():
-                raise UserError(f"--nproc_per_node is larger than the {torch.cuda.device_count()} GPUs of this machine")
+            count = torch.cuda.device_count()
+            if LOCAL_RANK >= count:
+                raise UserError(f"--nproc_per_node is larger than the {count} GPUs of this machine")
             device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -103,29 +107,36 @@ def duration(seconds):
 
 
 def progress(done, total, start, what="images", every=10.0):
-    """One line of progress with rate and time left: rewritten in place on a terminal, else a line every 10 s."""
+    """One line of progress, rate and time left: rewritten in place on a terminal, else a line every 10 s."""
     now, tty = time.time(), sys.stderr.isatty()
     if RANK or not (tty or done == total or now - getattr(progress, "last", start) > every):
         return
     progress.last = now
     rate = done / max(now - start, 1e-9)
     line = f"{what} {done:,}/{total:,} | {rate:,.1f}/s | {duration((total - done) / max(rate, 1e-9))} left"
-    print(f"\r{line:<79}" if tty else line, end="\n" if done == total or not tty else "", file=sys.stderr, flush=True)
+    end = "" if tty and done != total else "\n"
+    print(f"\r{line:<79}" if tty else line, end=end, file=sys.stderr, flush=True)
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename to path: a reader sees the old file or the new one, never half of one."""
+    """write(temporary path), then rename to path: a reader sees the old file or the new one, never half."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")       # numpy appends a suffix that is not there
+    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")   # numpy appends a suffix that is not there
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                          # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:                      # torch.save's full disk is a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written, whatever it held before is intact: {error}".splitlines()[0])
+        message = f"{path} could not be written, whatever it held before is intact: {error}"
+        raise UserError(message.splitlines()[0])
+
+
+def in_short(error):
+    """An error's text on one line, for the end of ours."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def seed_of(*key):
@@ -133,7 +144,7 @@ def seed_of(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Datasets: len(), .classes, .item(i, flip) -> (tensor, label)
 
 class Dataset(torch.utils.data.Dataset):
@@ -142,11 +153,12 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
-        return self.item(i, self.flips and epoch is not None and seed_of(self.seed, "flip", epoch, i) % 2 == 1)
+        flip = self.flips and epoch is not None and seed_of(self.seed, "flip", epoch, i) % 2 == 1
+        return self.item(i, flip)
 
 
 class Shapes(Dataset):
-    """n images of 8 shapes in one bright hue on a dark ground; item i, of class i % 8, is always the same image.
+    """n images of 8 shapes in one bright hue on a dark ground; item i, of class i % 8, is always the same.
 
     Five factors: place (2), size, angle, hue. item: (uint8 (3, image_size, image_size), label).
     """
@@ -155,12 +167,13 @@ class Shapes(Dataset):
     def __init__(self, n, image_size, seed=0):
         self.image_size, self.n = image_size, n
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
-        self.drawn = {} if n * 3 * image_size ** 2 < 2 ** 28 else None       # small sets are drawn once and kept
+        self.drawn = {} if n * 3 * image_size ** 2 < 2 ** 28 else None    # small sets are drawn once and kept
 
     def __len__(self):
         return self.n
 
     def item(self, i, flip=False):
+        """(uint8 image (3, H, W), label); the shapes are not mirrored, whatever flip says."""
         if not 0 <= i < self.n:
             raise IndexError(i)
         if self.drawn is None:
@@ -170,14 +183,17 @@ class Shapes(Dataset):
         return self.drawn[i], i % 8
 
     def draw(self, i):
+        """The image itself, uint8 (3, H, W), from the factors of item i."""
         place_x, place_y, size, angle, hue = self.factors[i]
         grid = (np.arange(self.image_size) + 0.5) / self.image_size - 0.5
-        radius, angle = 0.24 + 0.1 * size, 0.7 * (angle - 0.5)
-        x, y = grid[None, :] - 0.24 * (place_x - 0.5), grid[:, None] - 0.24 * (place_y - 0.5)
-        x, y = (x * np.cos(angle) + y * np.sin(angle)) / radius, (y * np.cos(angle) - x * np.sin(angle)) / radius
-        distance = shape_distance(self.classes[i % 8], x, y) * radius * self.image_size              # in pixels
-        inside = np.clip(0.5 - distance, 0, 1)                                                       # anti-aliased
-        colour = 0.15 + 0.85 * np.clip(np.abs((6 * hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)    # hue to RGB
+        radius, angle = 0.27 + 0.07 * size, 0.5 * (angle - 0.5)
+        x, y = grid[None, :] - 0.22 * (place_x - 0.5), grid[:, None] - 0.22 * (place_y - 0.5)
+        cos, sin = np.cos(angle), np.sin(angle)
+        x, y = (x * cos + y * sin) / radius, (y * cos - x * sin) / radius
+        distance = shape_distance(self.classes[i % 8], x, y) * radius * self.image_size    # in pixels
+        inside = np.clip(0.5 - distance, 0, 1)                                             # anti-aliased
+        sector = (6 * hue + np.array([0, 4, 2])) % 6                                       # hue to RGB
+        colour = 0.15 + 0.85 * np.clip(np.abs(sector - 3) - 1, 0, 1)
         rgb = 0.06 + (colour[:, None, None] - 0.06) * inside
         return torch.from_numpy((rgb * 255 + 0.5).astype(np.uint8))
 
@@ -194,8 +210,9 @@ def shape_distance(name, x, y):
     if name == "ring":
         return np.abs(r - 0.75) - 0.22
     if name == "cross":
-        return np.minimum(np.maximum(np.abs(x) - 1, np.abs(y) - 0.28), np.maximum(np.abs(x) - 0.28, np.abs(y) - 1))
-    if name == "star":                                          # fold to one of five points: a line from tip to notch
+        x, y = np.abs(x), np.abs(y)
+        return np.minimum(np.maximum(x - 1, y - 0.28), np.maximum(x - 0.28, y - 1))
+    if name == "star":                                          # fold to one point: a line, tip to notch
         fold = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
         return np.cos(0.4) * (r * np.sin(fold)) + np.sin(0.4) * (r * np.cos(fold) - 1.1)
     if name == "ellipse":
@@ -208,7 +225,7 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def list_images(folder):
-    """All image files below a folder, sorted, links followed. UserError: no folder, no image, a link in a circle."""
+    """Images below a folder, sorted, links followed. UserError: no folder, no image, a link in a circle."""
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder")
     found = []
@@ -216,29 +233,31 @@ def list_images(folder):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
         for f in folders:
             link = os.path.join(here, f)
-            if os.path.islink(link) and os.path.realpath(here).startswith(os.path.realpath(link)):
+            real, there = os.path.realpath(here), os.path.realpath(link)
+            if os.path.islink(link) and os.path.commonpath([real, there]) == there:
                 raise UserError(f"{link}: a link in a circle; remove it")
-        found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and not f.startswith(".")]
+        found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
     if not found:
-        raise UserError(f"{folder}: holds no images ({', '.join(IMAGES)}); one subfolder a class, or all in one folder")
+        raise UserError(f"{folder}: holds no images ({', '.join(IMAGES)}); "
+                        "one subfolder a class, or all in one folder")
     return sorted(found)
 
 
 def read_image(path):
-    """The file as an upright RGB image. UserError naming the file where it cannot be read, whatever is wrong with it."""
+    """The file as an upright RGB image. UserError naming it where it cannot be read, whatever the reason."""
     try:
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                                    # 16-bit grey; convert() would clip it
+            if image.mode.startswith("I"):                            # 16-bit grey; convert() would clip it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except Exception as error:                                                # Pillow raises many kinds on bad bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason.replace('UserError', '')}); mend or remove it") from None
+    except Exception as error:                                        # Pillow raises many kinds on bad bytes
+        reason = (str(error) or type(error).__name__).splitlines()[0].replace("UserError", "")
+        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it") from None
 
 
 def crop(image, size):
-    """ADM's preprocessing: halve with BOX while that leaves at least `size`, BICUBIC to `size`, centre crop."""
+    """ADM's preprocessing: halve by BOX while that leaves at least `size`, BICUBIC to `size`, centre crop."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -253,8 +272,8 @@ def to_tensor(image):
 
 
 class ImageFolder(Dataset):
-    """Images below a folder, cropped to image_size. Each first-level subfolder is a class; images beside them, or a flat
-    folder, are one class named like the folder itself. Raises UserError for a missing or empty (class) folder."""
+    """Images below a folder, cropped to image_size. A first-level subfolder is a class; images beside them,
+    or a flat folder, are one class named like the folder. UserError for a missing or empty (class) folder."""
 
     def __init__(self, folder, image_size):
         self.folder, self.image_size, self.flips = str(folder), image_size, True
@@ -267,23 +286,26 @@ class ImageFolder(Dataset):
                 raise UserError(f"{entry.path}: a class folder without images; fill or remove it")
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in names])
-        self.paths = np.array([os.fsencode(path) for path in paths])       # one block, which forked workers share
+        self.paths = np.array([os.fsencode(path) for path in paths])   # one block, which forked workers share
 
     def __len__(self):
         return len(self.paths)
 
     def item(self, i, flip=False):
-        image = to_tensor(crop(read_image(os.path.join(self.folder, os.fsdecode(self.paths[i]))), self.image_size))
+        """(uint8 image (3, H, W), label), mirrored where flip says so."""
+        path = os.path.join(self.folder, os.fsdecode(self.paths[i]))
+        image = to_tensor(crop(read_image(path), self.image_size))
         return (image.flip(-1) if flip else image), int(self.labels[i])
 
 
 class Packed(Dataset):
-    """An array made by `data.py pack`: records of a uint8 image (3, H, W) and a label in one memory-mapped .npy."""
+    """An array made by `data.py pack`: records of uint8 image (3, H, W) and label, memory-mapped."""
 
     def __init__(self, path):
         self.records = open_array(path)
-        image = self.records.dtype["image"] if "image" in (self.records.dtype.names or ()) else None
-        if image is None or "label" not in self.records.dtype.names or image.base != np.uint8 or len(image.shape) != 3:
+        names = self.records.dtype.names or ()
+        image = self.records.dtype["image"] if "image" in names else None
+        if image is None or "label" not in names or image.base != np.uint8 or len(image.shape) != 3:
             raise UserError(f"{path}: not an array made by `python data.py pack`")
         if not len(self.records):
             raise UserError(f"{path}: holds no images")
@@ -296,6 +318,7 @@ class Packed(Dataset):
         return len(self.records)
 
     def item(self, i, flip=False):
+        """(uint8 image (3, H, W), label), mirrored where flip says so."""
         image, label = self.records[i]
         return torch.from_numpy(image[..., ::-1].copy() if flip else np.array(image)), int(label)
 
@@ -304,7 +327,7 @@ def open_array(path):
     """A .npy file as a read-only memory map; UserError where it is damaged."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:                                                # numpy raises many kinds on bad bytes
+    except Exception as error:                                        # numpy raises many kinds on bad bytes
         raise UserError(f"{path}: not a readable array ({str(error).splitlines()[0]})") from None
 
 
@@ -317,14 +340,14 @@ def read_json(path):
 
 
 def read_tensors(path):
-    """A torch file opened as data only: nothing in it is executed. UserError where it is damaged or holds more.
+    """A torch file read as data: nothing in it is executed. UserError where it is damaged or holds more.
 
-    The one class allowed beside plain tensors and containers is argparse.Namespace, in JiT's published training files.
+    The one class allowed beside tensors and containers is argparse.Namespace, of JiT's published files.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:                                                # torch raises many kinds on bad bytes
+    except Exception as error:                                        # torch raises many kinds on bad bytes
         reason = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or not plain tensors"
         raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
 
@@ -339,7 +362,8 @@ def open_safetensors(path):
         length = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(length)) if length <= size - 8 else None
-            entries = {name: (SAFETENSORS[entry["dtype"]], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+            entries = {name: (SAFETENSORS[entry["dtype"]], tuple(map(int, entry["shape"])),
+                              *map(int, entry["data_offsets"]))
                        for name, entry in header.items() if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}: not a readable safetensors header") from None
@@ -347,10 +371,10 @@ def open_safetensors(path):
     if expected != size:
         raise UserError(f"{path}: truncated or damaged: {expected:,} bytes expected, {size:,} found")
     for name, (dtype, shape, begin, end) in entries.items():
-        if min((begin, *shape)) < 0 or end - begin != np.dtype(dtype).itemsize * int(np.prod(shape, dtype=object)):
+        if min((begin, *shape)) < 0 or end - begin != np.dtype(dtype).itemsize * math.prod(shape):
             raise UserError(f"{path}: the bytes of {name} do not fit its shape {shape}")
-    return {name: np.memmap(path, dtype, "r", 8 + length + begin, shape) if end > begin else np.empty(shape, dtype)
-            for name, (dtype, shape, begin, end) in entries.items()}
+    return {name: np.memmap(path, dtype, "r", 8 + length + begin, shape) if end > begin
+            else np.empty(shape, dtype) for name, (dtype, shape, begin, end) in entries.items()}
 
 
 class Latents(Dataset):
@@ -365,13 +389,15 @@ class Latents(Dataset):
         self.flips, self.meta = True, {}
         if shards:
             self.parts = [open_safetensors(path) for path in shards]
-            statistics = read_tensors(folder / "latents_stats.pt") if (folder / "latents_stats.pt").exists() else {}
+            stats = folder / "latents_stats.pt"
+            statistics = read_tensors(stats) if stats.exists() else {}
         elif (folder / "meta.json").exists():
             self.meta = statistics = read_json(folder / "meta.json")
             names, shards = ("latents", "latents_flip", "labels"), [folder]
             self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
         else:
-            raise UserError(f"{folder}: latents without meta.json, so half-written: run `python data.py encode` again")
+            raise UserError(f"{folder}: latents without meta.json, so half-written: "
+                            "run `python data.py encode` again")
         for path, part in zip(shards, self.parts):
             try:
                 fits = part["latents"].shape == part["latents_flip"].shape and part["latents"].ndim == 4 \
@@ -380,17 +406,19 @@ class Latents(Dataset):
             except KeyError as missing:
                 raise UserError(f"{path}: holds no {missing}") from None
             if not fits:
-                raise UserError(f"{path}: latents, latents_flip and labels do not fit together or the other shards")
+                raise UserError(f"{path}: latents, latents_flip and labels do not fit together "
+                                "or the other shards")
         self.starts = np.cumsum([0] + [len(part["labels"]) for part in self.parts])
         if not len(self):
             raise UserError(f"{folder}: holds no latents")
         self.shape = self.parts[0]["latents"].shape[1:]
         try:
-            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, -1, 1, 1) for key in ("mean", "std"))
+            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, -1, 1, 1)
+                                   for key in ("mean", "std"))
             assert self.mean.shape[1] == self.std.shape[1] == self.shape[0]
         except (KeyError, TypeError, ValueError, RuntimeError, AssertionError):
-            raise UserError(f"{folder}: no mean and std of its {self.shape[0]} channels (latents_stats.pt or meta.json)") \
-                from None
+            raise UserError(f"{folder}: no mean and std of its {self.shape[0]} channels "
+                            "(latents_stats.pt or meta.json)") from None
         top = max(int(part["labels"].max()) for part in self.parts if len(part["labels"]))
         self.classes = self.meta.get("classes") or [str(i) for i in range(top + 1)]
 
@@ -398,52 +426,58 @@ class Latents(Dataset):
         return int(self.starts[-1])
 
     def item(self, i, flip=False):
+        """(latent (C, h, w) as stored, label): the mirror image's where flip says so."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         part, i = self.parts[shard], i - self.starts[shard]
-        return torch.from_numpy(np.array(part["latents_flip" if flip else "latents"][i])), int(part["labels"][i])
+        latent = part["latents_flip" if flip else "latents"][i]
+        return torch.from_numpy(np.array(latent)), int(part["labels"][i])
 
 
 def open_dataset(path, image_size):
-    """The dataset at a path: a folder of images or latents, or a packed array. UserError where it does not fit."""
+    """The dataset at path: folder of images or latents, or packed array. UserError where it does not fit."""
     path = Path(path)
     if path.is_dir():
-        latents = path / "latents.npy"
-        return Latents(path) if latents.exists() or any(path.glob("*.safetensors")) else ImageFolder(path, image_size)
+        latents = (path / "latents.npy").exists() or any(path.glob("*.safetensors"))
+        return Latents(path) if latents else ImageFolder(path, image_size)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     data = Packed(path)
     if data.image_size != image_size:
-        raise UserError(f"{path}: packed at {data.image_size} px: pass --image_size {data.image_size} or pack again")
+        raise UserError(f"{path}: packed at {data.image_size} px: "
+                        f"pass --image_size {data.image_size} or pack again")
     return data
 
 
 class Order:
-    """The order of training: one permutation after the other, batch n is positions [n B, (n+1) B) of them all.
+    """The order of training: one permutation after another, batch n is positions [n B, (n+1) B) of them all.
 
     Yields one process's share of each batch as a list of (epoch, index), for steps start, ..., stop - 1.
     """
 
     def __init__(self, n, batch_size, seed, start, stop, rank=0, world=1):
         self.n, self.seed, self.steps = n, seed, range(start, stop)
-        self.share, self.first, self.batch_size = batch_size // world, rank * (batch_size // world), batch_size
+        self.batch_size, self.share = batch_size, batch_size // world
+        self.first = rank * self.share
 
     def __len__(self):
         return len(self.steps)
 
     def __iter__(self):
-        @functools.lru_cache(2)                                               # a batch may straddle two epochs
+        @functools.lru_cache(2)                                       # a batch may straddle two epochs
         def permutation(epoch):
-            return torch.randperm(self.n, generator=torch.Generator().manual_seed(seed_of(self.seed, "order", epoch)))
+            seed = seed_of(self.seed, "order", epoch)
+            return torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
         for step in self.steps:
             first = step * self.batch_size + self.first
-            yield [(p // self.n, int(permutation(p // self.n)[p % self.n])) for p in range(first, first + self.share)]
+            positions = range(first, first + self.share)
+            yield [(p // self.n, int(permutation(p // self.n)[p % self.n])) for p in positions]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> latents (N, channels, H/factor, W/factor), .decode back
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> (N, channels, H/factor, W/factor), .decode back
 
 class PatchPCA(nn.Module):
-    """Principal components of the image's patches: orthonormal, so decoding is a transpose. Fitted in seconds."""
+    """Principal components of image patches: orthonormal, so decoding is a transpose. Fitted in seconds."""
 
     def __init__(self, mean, basis):
         """mean (3 p p,), basis (3 p p, channels) with orthonormal columns; p is the factor."""
@@ -454,23 +488,28 @@ class PatchPCA(nn.Module):
 
     @classmethod
     def fit(cls, images, factor, channels):
-        """Fit to images (N, 3, H, W) in [-1, 1]; UserError for more channels than the 3 p p values of a patch."""
-        if not 0 < channels <= 3 * factor ** 2:
-            raise UserError(f"PatchPCA with {channels} channels: a patch of {factor} px has {3 * factor ** 2} values")
-        patches = F.pixel_unshuffle(images, factor).transpose(0, 1).flatten(1).double()              # (3 p p, patches)
+        """Fit to images (N, 3, H, W) in [-1, 1]; UserError for more channels than a patch has values."""
+        values = 3 * factor ** 2
+        if not 0 < channels <= values:
+            raise UserError(f"PatchPCA with {channels} channels: a patch of {factor} px has {values} values")
+        patches = F.pixel_unshuffle(images, factor).transpose(0, 1).flatten(1).double()     # (3 p p, patches)
         mean = patches.mean(1)
         basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)[:, :channels]
         return cls(mean.float(), basis.float().contiguous())
 
     def encode(self, images):
-        return F.conv2d(F.pixel_unshuffle(images, self.factor) - self.mean[:, None, None], self.basis.T[..., None, None])
+        """Coordinates (N, channels, H/p, W/p) of the patches of images (N, 3, H, W)."""
+        patches = F.pixel_unshuffle(images, self.factor) - self.mean[:, None, None]
+        return F.conv2d(patches, self.basis.T[..., None, None])
 
     def decode(self, latents):
-        return F.pixel_shuffle(F.conv2d(latents, self.basis[..., None, None]) + self.mean[:, None, None], self.factor)
+        """Images (N, 3, H, W) of the patches at these coordinates."""
+        patches = F.conv2d(latents, self.basis[..., None, None]) + self.mean[:, None, None]
+        return F.pixel_shuffle(patches, self.factor)
 
 
 class VAVAE(Autoencoder):
-    """VA-VAE f16d32, untrained or from the published file. A bfloat16 module takes and gives float32 tensors."""
+    """VA-VAE f16d32, untrained or from the published file. In bfloat16 too it takes and gives float32."""
     factor, channels = 16, 32
 
     def __init__(self, file=None):
@@ -482,11 +521,12 @@ class VAVAE(Autoencoder):
             try:
                 self.load_state_dict({key: value for key, value in weights.items() if key.startswith(ours)})
             except RuntimeError as error:
-                raise UserError(f"{file}: not a VA-VAE f16d32 ({' '.join(str(error).split())[:150]} ...)") from None
+                raise UserError(f"{file}: not a VA-VAE f16d32 ({in_short(error)})") from None
         self.eval().requires_grad_(False)
 
     @property
     def dtype(self):
+        """Of the weights."""
         return self.quant_conv.weight.dtype
 
     def moments(self, images):
@@ -500,13 +540,14 @@ class VAVAE(Autoencoder):
         return mean + torch.exp(logvar / 2) * (torch.randn_like(mean) if noise is None else noise)
 
     def decode(self, latents):
+        """Images (N, 3, H, W), about in [-1, 1], of latents (N, 32, H/16, W/16)."""
         return super().decode(latents.to(self.dtype)).float()
 
 
 class Codec(nn.Module):
     """Between what datasets hold and the network's x: the only place where images and latents are scaled.
 
-    tokenizer: None in pixel space. mean, std (1, C, 1, 1): of the latents. `decodes` tells whether images can be made.
+    tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. `decodes`: whether images can be made.
     """
 
     def __init__(self, tokenizer=None, mean=None, std=None):
@@ -532,11 +573,11 @@ class Codec(nn.Module):
         return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Commands
 
 def read_in_batches(data, indices, batch_size):
-    """Batches (uint8 or latent tensor (n, ...), list of labels) of the items at indices, read by threads in order."""
+    """Batches (tensor (n, ...), list of labels) of the items at indices, read by threads in order."""
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // WORLD)) as pool:
         for i in range(0, len(indices), batch_size):
             images, labels = zip(*pool.map(data.__getitem__, indices[i:i + batch_size]))
@@ -544,13 +585,13 @@ def read_in_batches(data, indices, batch_size):
 
 
 def pack(source, image_size, out):
-    """Write the images of a folder, cropped to image_size, and their labels as one array that can be memory-mapped."""
+    """Write a folder's images, cropped to image_size, and labels as one array that can be memory-mapped."""
     data, start, done = ImageFolder(source, image_size), time.time(), 0
     record = np.dtype([("image", "u1", (3, image_size, image_size)), ("label", "<i8")])
 
     def write(temporary):
         nonlocal done
-        with open(temporary, "wb") as file:                       # plain writes: a full disk is an error, not a crash
+        with open(temporary, "wb") as file:             # plain writes: a full disk is an error, not a crash
             np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(record),
                                                         "fortran_order": False, "shape": (len(data),)})
             for images, labels in read_in_batches(data, range(len(data)), 64):
@@ -558,48 +599,64 @@ def pack(source, image_size, out):
                 records["image"], records["label"] = images, labels
                 file.write(records.tobytes())
                 progress(done := done + len(labels), len(data), start)
-    write_atomically(f"{out}.json", lambda temporary: temporary.write_text(json.dumps({"classes": data.classes})))
+    classes = json.dumps({"classes": data.classes})
+    write_atomically(f"{out}.json", lambda temporary: temporary.write_text(classes))
     write_atomically(out, write)
-    print0(f"wrote {out}: {len(data):,} images of {image_size} px in {len(data.classes)} classes; train with --data {out}")
+    print0(f"wrote {out}: {len(data):,} images of {image_size} px in {len(data.classes)} classes; "
+           f"train with --data {out}")
+
+
+def reserve(path, dtype, shape):
+    """Create a .npy file of its full size: a full disk is an error now, not halfway."""
+    with open(path, "wb") as file:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        try:
+            os.posix_fallocate(file.fileno(), 0, file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+        except OSError as error:
+            raise UserError(f"--out {path.parent}: no room for the latents ({error.strerror})") from None
+
+
+@torch.no_grad()
+def encode_seeded(tokenizer, images, seeds, device):
+    """Latents (n, C, h, w), on the CPU, of uint8 images; a VA-VAE's noise is that of seeds, one an image."""
+    x = images.to(device).float() / 127.5 - 1
+    if not isinstance(tokenizer, VAVAE):
+        return tokenizer.encode(x).cpu()
+    shape = (tokenizer.channels, *(size // tokenizer.factor for size in images.shape[2:]))
+    return tokenizer.encode(x, noise=seeded_normal(shape, seeds, device)).cpu()
 
 
 def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed=0):
-    """Write posterior samples of every image and of its mirror image with labels and statistics, split over processes.
+    """Write latents of every image and its mirror image, labels and statistics; processes share the work.
 
     meta.json is written last: a folder without it is half-written, and is not taken for a whole one.
     """
     data, out, start, done = open_dataset(source, image_size), Path(out), time.time(), 0
     if (out / "meta.json").exists():
         raise UserError(f"--out {out} holds finished latents already; remove it or choose another")
-    if image_size % tokenizer.factor:
-        raise UserError(f"--image_size {image_size} is not divisible by the tokenizer's factor {tokenizer.factor}")
+    factor = tokenizer.factor
+    if image_size % factor:
+        raise UserError(f"--image_size {image_size} is not divisible by the tokenizer's factor {factor}")
     if not isinstance(data, (ImageFolder, Packed)):
         raise UserError(f"{source}: latents already")
-    shape = (len(data), tokenizer.channels, image_size // tokenizer.factor, image_size // tokenizer.factor)
-    names = {"latents": (np.float16, shape), "latents_flip": (np.float16, shape), "labels": (np.int64, shape[:1])}
+    shape = (len(data), tokenizer.channels, image_size // factor, image_size // factor)
+    names = {"latents": (np.float16, shape), "latents_flip": (np.float16, shape),
+             "labels": (np.int64, shape[:1])}
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         for name, (dtype, full) in names.items():
-            with open(out / f"{name}.npy", "wb") as file:         # reserve the space: a full disk is an error now
-                np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": full})
-                try:
-                    os.posix_fallocate(file.fileno(), 0, file.tell() + np.dtype(dtype).itemsize * int(np.prod(full)))
-                except OSError as error:
-                    raise UserError(f"--out {out}: no room for the latents ({error.strerror})") from None
+            reserve(out / f"{name}.npy", dtype, full)
     barrier()
     arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+") for name in names}
     tokenizer = tokenizer.to(device)
-    sums = torch.zeros(3, shape[1], dtype=torch.float64)                     # sum, sum of squares, count, per channel
+    sums = torch.zeros(3, shape[1], dtype=torch.float64)          # sum, sum of squares, count, per channel
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
     for images, labels in read_in_batches(data, mine, batch_size):
         i = mine.start + done
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
-            batch, kw = batch.to(device).float() / 127.5 - 1, {}
-            if isinstance(tokenizer, VAVAE):
-                seeds = [seed_of(seed, name, n) for n in range(i, i + len(labels))]
-                kw = {"noise": seeded_normal(shape[1:], seeds, device)}
-            with torch.no_grad():
-                latents = tokenizer.encode(batch, **kw).cpu()
+            seeds = [seed_of(seed, name, n) for n in range(i, i + len(labels))]
+            latents = encode_seeded(tokenizer, batch, seeds, device)
             arrays[name][i:i + len(labels)] = latents.numpy()
             sums += torch.stack([latents.double().sum((0, 2, 3)), latents.double().square().sum((0, 2, 3)),
                                  torch.full((shape[1],), latents[:, 0].numel(), dtype=torch.float64)])
@@ -612,25 +669,32 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
         dist.all_reduce(sums)
     mean = sums[0] / sums[2]
     std = (sums[1] / sums[2] - mean ** 2).clamp(min=0).sqrt()
-    meta = {"n": len(data), "image_size": image_size, "classes": data.classes, "mean": mean.tolist(), "std": std.tolist()}
+    meta = {"n": len(data), "image_size": image_size, "classes": data.classes,
+            "mean": mean.tolist(), "std": std.tolist()}
     if RANK == 0:
         write_atomically(out / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta)))
     barrier()
-    print0(f"wrote {out}: {len(data):,} latents of {shape[1:]} and their mirror images; train with --data {out}")
+    print0(f"wrote {out}: {len(data):,} latents of {shape[1:]} and their mirror images; "
+           f"train with --data {out}")
 
 
 def main():
+    """`python data.py pack` and `python data.py encode`."""
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=functools.partial(Parser, None))
-    for name, text in (("pack", "decode, crop and store a folder of images"), ("encode", "store a folder's latents")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("source", help="a folder of images" + (" or a packed array" if name == "encode" else ""))
-        command.add_argument("--image_size", type=int, default=256, help="pixels (default 256)")
-        command.add_argument("--out", required=True, help="the .npy file" if name == "pack" else "the folder to write")
-    command.add_argument("--tokenizer", required=True, help="VA-VAE weights file")
-    command.add_argument("--batch_size", type=int, default=32, help="images at a time on each process (default 32)")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="the tokenizer's")
-    command.add_argument("--device", help="default: cuda, else cpu")
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     parser_class=functools.partial(Parser, None))
+    for name, text, source, out in (
+        ("pack", "decode, crop and store a folder of images", "a folder of images", "the .npy file"),
+        ("encode", "store a folder's latents", "a folder of images or a packed array", "the folder to write"),
+    ):
+        add = commands.add_parser(name, help=text).add_argument
+        add("source", help=source)
+        add("--image_size", type=int, default=256, help="pixels (default 256)")
+        add("--out", required=True, help=out)
+    add("--tokenizer", required=True, help="VA-VAE weights file")     # of `encode` alone, from here
+    add("--batch_size", type=int, default=32, help="images at a time on each process (default 32)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="the tokenizer's")
+    add("--device", help="default: cuda, else cpu")
     args = parser.parse_args()
     if args.command == "pack":
         pack(args.source, args.image_size, args.out)

@@ -1,12 +1,12 @@
-"""Quality of samples: Frechet Inception Distance and Inception Score, equal to torch-fidelity's number for number.
+"""Quality of samples: Frechet Inception Distance and Inception Score, equal to torch-fidelity's.
 
-Images stream through Inception-v3 (2015) into float64 sums, so memory does not grow with their number, and neither
-batch size nor the number of processes changes the result. `--features pixels` needs no weights: the same distance
-between 16x16 thumbnails, an offline yardstick for small experiments, which is not an FID and is not called one.
+Images stream through Inception-v3 (2015) into float64 sums, so memory does not grow with their number, and
+neither batch size nor the number of processes changes the result. `--features pixels` needs no weights: the
+same distance of 16x16 thumbnails, an offline yardstick for small experiments; not an FID, nor called one.
 
-    python fid.py SAMPLES REF             each a folder of images, an .npz (arr_0, or mu and sigma) or a packed .npy
-    python fid.py --make_ref DATA --image_size 256 --out ref.npz          the reference statistics of training images
-    torchrun --nproc_per_node 8 fid.py SAMPLES REF                        the images are split over the processes
+    python fid.py SAMPLES REF       each a folder of images, an .npz (arr_0, or mu and sigma) or a packed .npy
+    python fid.py --make_ref DATA --image_size 256 --out ref.npz   the reference statistics of training images
+    torchrun --nproc_per_node 8 fid.py SAMPLES REF                 the images are split over the processes
 """
 # N images, H, W their size in pixels, D features
 import hashlib
@@ -29,20 +29,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (RANK, WORLD, Packed, Parser, Shapes, UserError, list_images, open_dataset, print0, progress, read_image,
-                  read_json, read_tensors, run, setup, to_tensor, write_atomically)
+from data import (RANK, WORLD, Packed, Parser, Shapes, UserError, in_short, list_images, open_dataset, print0,
+                  progress, read_image, read_json, read_tensors, run, setup, to_tensor, write_atomically)
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Features
 
-# Branches in the order in which a block concatenates them: name, then convolutions "channels:kernel". Each keeps the
-# image's size, but for "/s": stride s, no padding. "+" joins two side by side. branch_pool pools before it convolves.
+# Branches in the order in which a block concatenates them: name, then convolutions "channels:kernel". Each
+# keeps the image's size, but for "/s": stride s, no padding. "+" joins two. branch_pool pools first.
 A = "branch1x1 64:1x1, branch5x5 48:1x1 64:5x5, branch3x3dbl 64:1x1 96:3x3 96:3x3, branch_pool {}:1x1"
 B = "branch3x3 384:3x3/2, branch3x3dbl 64:1x1 96:3x3 96:3x3/2, branch_pool"
 C = ("branch1x1 192:1x1, branch7x7 {0}:1x1 {0}:1x7 192:7x1, "
      "branch7x7dbl {0}:1x1 {0}:7x1 {0}:1x7 {0}:7x1 192:1x7, branch_pool 192:1x1")
 D = "branch3x3 192:1x1 320:3x3/2, branch7x7x3 192:1x1 192:1x7 192:7x1 192:3x3/2, branch_pool"
-E = "branch1x1 320:1x1, branch3x3 384:1x1 384:1x3+3x1, branch3x3dbl 448:1x1 384:3x3 384:1x3+3x1, branch_pool 192:1x1"
+E = ("branch1x1 320:1x1, branch3x3 384:1x1 384:1x3+3x1, "
+     "branch3x3dbl 448:1x1 384:3x3 384:1x3+3x1, branch_pool 192:1x1")
 
 POOL = {"average": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
         "max": lambda x: F.max_pool2d(x, 3, 1, 1),
@@ -66,14 +67,15 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x):
-        # the norm is folded into the convolution: one pass over the activations less, train() and eval() agree
+        """The norm is folded into the convolution: one pass less, and train() and eval() agree."""
         scale = self.bn.weight / (self.bn.running_var + self.bn.eps).sqrt()
-        weight, bias = self.conv.weight * scale[:, None, None, None], self.bn.bias - self.bn.running_mean * scale
+        weight = self.conv.weight * scale[:, None, None, None]
+        bias = self.bn.bias - self.bn.running_mean * scale
         return F.conv2d(x, weight, bias, self.conv.stride, self.conv.padding).relu_()
 
 
 class Mixed(nn.Module):
-    """One row of BLOCKS. Convolutions of a branch are numbered where there are several: branch5x5_1, branch3x3_2a."""
+    """One row of BLOCKS. Several convolutions of a branch are numbered: branch5x5_1, branch3x3_2a."""
 
     def __init__(self, width, branches, pool):
         super().__init__()
@@ -92,6 +94,7 @@ class Mixed(nn.Module):
             self.width += channels
 
     def forward(self, x):
+        """(N, C, H, W) to the branches' outputs side by side."""
         outputs = []
         for names in self.branches:
             y = self.pool(x) if names is self.branches[-1] else x
@@ -104,7 +107,7 @@ class Mixed(nn.Module):
 def resize(images, size=299):
     """TensorFlow 1's bilinear resize: uint8 (N, 3, H, W) to float32 (N, 3, size, size), unscaled.
 
-    Destination i reads source i * H / size: no half-pixel shift and no antialiasing, which FID's definition includes.
+    Destination i reads source i * H / size: no half-pixel shift, no antialiasing; that is part of FID.
     """
     x = images
     for dim in (3, 2):
@@ -118,10 +121,10 @@ def resize(images, size=299):
 
 
 class Inception(nn.Module):
-    """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and logits without bias (N, 1008).
+    """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and bias-free logits (N, 1008).
 
-    weights_file: with the published file's keys; None leaves it untrained. UserError where it does not fit. Float32
-    throughout whatever the caller's autocast and TF32 settings, since both would move an FID in its third digit.
+    weights_file: with the published file's keys; None leaves it untrained. UserError where it does not fit.
+    Float32 throughout, whatever the caller's autocast and TF32: both would move an FID in its third digit.
     """
     name, key, dim = "inception", "fid", 2048
 
@@ -142,19 +145,22 @@ class Inception(nn.Module):
             try:
                 self.load_state_dict(read_tensors(weights_file))
             except (RuntimeError, TypeError) as error:
-                raise UserError(f"{weights_file}: not FID's Inception-v3 ({' '.join(str(error).split())[:120]} ...)") from None
+                raise UserError(f"{weights_file}: not FID's Inception-v3 ({in_short(error)})") from None
         self.requires_grad_(False).to(memory_format=torch.channels_last)          # 1.4 times as fast on CPU
 
     @torch.no_grad()
     def forward(self, images):
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(True, allow_tf32=False):
+        """uint8 images (N, 3, H, W) to (N, 2048) and (N, 1008)."""
+        with (torch.autocast(images.device.type, enabled=False),
+              torch.backends.cudnn.flags(True, allow_tf32=False)):
             x = ((resize(images) - 128) / 128).contiguous(memory_format=torch.channels_last)
-            x = POOL["halve"](self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))      # (N, 64, 73, 73)
-            x = POOL["halve"](self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))                          # (N, 192, 35, 35)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))             # (N, 64, 147, 147)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOL["halve"](x)))                  # (N, 192, 71, 71)
+            x = POOL["halve"](x)                                                          # (N, 192, 35, 35)
             for name in BLOCKS:
-                x = self.get_submodule(name)(x)                                                   # (N, 2048, 8, 8)
+                x = self.get_submodule(name)(x)                                           # (N, 2048, 8, 8)
             pool3 = x.mean((2, 3), keepdim=True)
-            logits = F.conv2d(pool3, self.fc.weight[..., None, None])     # no matmul: those have a TF32 setting of their own
+            logits = F.conv2d(pool3, self.fc.weight[..., None, None])      # a matmul has its own TF32 switch
             return pool3.flatten(1), logits.flatten(1)
 
 
@@ -163,13 +169,16 @@ class Pixels(nn.Module):
     name, key, dim, sha256 = "pixels", "pixel_distance", 768, None
 
     def forward(self, images):
+        """uint8 images (N, 3, H, W) to (N, 768) and None."""
         return F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1), None
 
 
 EXTRACTORS = {"inception": Inception, "pixels": Pixels}
 WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-URLS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth")
+URLS = ("https://github.com/mseitzer/pytorch-fid/releases/download/"
+        "fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "https://github.com/toshas/torch-fidelity/releases/download/"
+        "v0.2.0/weights-inception-2015-12-05-6726825d.pth")
 
 
 def sha256(path):
@@ -185,7 +194,7 @@ def sha256(path):
 
 
 def download(path):
-    """Write the weights to path from the first URL that gives the right bytes, and return it; None if none does."""
+    """Write the weights to path from the first URL that gives the right bytes; returns it, or None."""
     for url in URLS:
         print0(f"downloading {url}")
         try:
@@ -199,15 +208,16 @@ def download(path):
 
 
 def find_weights():
-    """The published weights: in our cache or that of the evaluators that share the file, else downloaded, once."""
+    """The published weights: in our cache or that of other evaluators, else downloaded, once."""
     hub, names = Path(torch.hub.get_dir()) / "checkpoints", [url.rpartition("/")[2] for url in URLS]
     places = [Path("~/.cache/kdiff").expanduser() / names[0], *(hub / name for name in names)]
-    found = [next((path for path in places if path.exists()), None) or download(places[0]) if RANK == 0 else None]
+    cached = next((path for path in places if path.exists()), None)
+    found = [cached or download(places[0]) if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(found)
     if not found[0]:
-        raise UserError(f"no Inception weights and no network: fetch {URLS[0]} elsewhere and name it with --weights, or "
-                        f"put it at {places[0]}")
+        raise UserError(f"no Inception weights and no network: fetch {URLS[0]} elsewhere "
+                        f"and name it with --weights, or put it at {places[0]}")
     return found[0]
 
 
@@ -217,19 +227,19 @@ def make_extractor(features="inception", weights=None, device="cpu", any_weights
         return Pixels().to(device)
     weights = weights or find_weights()
     if not any_weights and (found := sha256(weights)) != WEIGHTS:
-        raise UserError(f"{weights}: not FID's weights (sha256 {found[:8]}..., not {WEIGHTS[:8]}...): fetch {URLS[0]}, or "
-                        "pass --any_weights for a number that compares with nothing")
+        raise UserError(f"{weights}: not FID's weights (sha256 {found[:8]}..., not {WEIGHTS[:8]}...): "
+                        f"fetch {URLS[0]}, or pass --any_weights for a number that compares with nothing")
     return Inception(weights).to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics and distances
 
 class Statistics:
     """Mean and covariance of features that arrive in batches and on several processes, in float64.
 
-    Keeps the scatter around the current mean, sum (f - mean)(f - mean)^T, and merges by Chan, Golub and LeVeque (1983):
-    the difference of the two means enters as one more row. Nothing large is ever subtracted from something large.
+    Keeps the scatter around the current mean, sum (f - mean)(f - mean)^T, and merges by Chan, Golub, LeVeque
+    (1983): the difference of two means enters as one more row. Nothing large is subtracted from a large one.
     """
 
     def __init__(self, dim, device="cpu"):
@@ -260,17 +270,17 @@ class Statistics:
         return self
 
     def finish(self):
-        """mu (D,), sigma (D, D) with N - 1 in the denominator, as numpy float64, and N. ValueError for N < 2."""
+        """mu (D,), sigma (D, D) with N - 1 in the denominator, numpy float64, and N. UserError for N < 2."""
         if self.n < 2:
-            raise ValueError(f"a covariance needs 2 images or more, not {self.n}")
+            raise UserError(f"{self.n} images have no covariance: 2 are needed, and 50,000 are usual")
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy(), self.n
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
 
-    tr (sigma1 sigma2)^(1/2) sums the roots of the eigenvalues of sigma1 sigma2, which are those of the symmetric
-    A^T sigma1 A with sigma2 = A A^T: real, and never NaN. ValueError for other shapes or values that are not finite.
+    tr (sigma1 sigma2)^(1/2) sums the roots of the eigenvalues of sigma1 sigma2, those of the symmetric
+    A^T sigma1 A with sigma2 = A A^T: real, never NaN. ValueError for other shapes or values not finite.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.ndim != 1 or mu1.shape != mu2.shape or not sigma1.shape == sigma2.shape == mu1.shape * 2:
@@ -279,12 +289,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("mu and sigma must be finite")
     try:
-        scipy.linalg.cholesky(sigma1, check_finite=False)                         # both have to be positive definite
+        scipy.linalg.cholesky(sigma1, check_finite=False)                  # both have to be positive definite
         values = scipy.linalg.eigh(sigma1, sigma2, type=2, driver="gv", eigvals_only=True, check_finite=False)
         cross = np.sqrt(values.clip(min=0)).sum()
     except scipy.linalg.LinAlgError:
-        # The roots of eigenvalues that should be 0 would add up to 1e-8 each. They are the singular values of A1^T A2,
-        # which need no root, and A has as many columns as sigma has rank.
+        # The roots of eigenvalues that should be 0 would add up to 1e-8 each. They are the singular values of
+        # A1^T A2, which need no root, and A has as many columns as sigma has rank.
         cross = np.linalg.svd(factor(sigma1).T @ factor(sigma2), compute_uv=False).sum()
     return float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
@@ -297,9 +307,9 @@ def factor(sigma):
 
 
 def inception_score(logits, splits=10):
-    """exp of the mean KL(p(y|x) || p(y)) in each of the splits of the shuffled logits (N, 1008): mean and std.
+    """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean and std.
 
-    The order of the rows matters: it is that of the files, or of the samples' indices. ValueError for N < splits.
+    The order of the rows matters: that of the files, or of the samples' indices. ValueError for N < splits.
     """
     logits, n = torch.as_tensor(logits), len(logits)
     if n < splits:
@@ -312,7 +322,7 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 class Reference(NamedTuple):
@@ -324,17 +334,19 @@ class Reference(NamedTuple):
     size: tuple = None                                                            # (H, W)
     weights: str = None                                                           # sha256
 
-    def check(self, size, weights):
+    def check(self, size, weights=None):
         """UserError where images of this size, or features of these weights, do not compare with it."""
         if self.size and size and tuple(self.size) != tuple(size):
-            raise UserError(f"{self.path}: made at {self.size[1]}x{self.size[0]} px, the samples have {size[1]}x{size[0]}")
+            raise UserError(f"{self.path}: made at {self.size[1]}x{self.size[0]} px, "
+                            f"the samples have {size[1]}x{size[0]}")
         if self.weights and weights and self.weights != weights:
-            raise UserError(f"{self.path}: made with other weights (sha256 {self.weights[:8]}..., now {weights[:8]}...)")
+            raise UserError(f"{self.path}: made with other weights "
+                            f"(sha256 {self.weights[:8]}..., now {weights[:8]}...)")
 
 
 @torch.no_grad()
 def collect(batches, extractor, device="cpu"):
-    """(mu, sigma, n) and the logits (n, 1008) in global order (None for pixels) of all processes; as evaluate()."""
+    """(mu, sigma, n) and the logits (n, 1008) in global order (None for pixels), of all processes."""
     statistics, rows = Statistics(extractor.dim, device), []
     for images, first in batches:
         features, logits = extractor(images.to(device))
@@ -347,15 +359,15 @@ def collect(batches, extractor, device="cpu"):
     for first, logits in rows:
         table[first:first + len(logits)] = logits
     if WORLD > 1:
-        dist.all_reduce(table)                                        # each row is zero on all processes but one
+        dist.all_reduce(table)                                    # each row is zero on all processes but one
     return (mu, sigma, n), table.cpu()
 
 
 def evaluate(batches, extractor, reference, device="cpu"):
-    """Measure this process's batches of (uint8 (N, 3, H, W), global index of the first), from files or a sampler.
+    """Measure this process's batches of (uint8 (N, 3, H, W), global index of the first), of files or samples.
 
-    Returns, on all processes, a dict: fid or pixel_distance, n and, for 10 images or more through Inception, is_mean
-    and is_std. UserError where images or weights do not fit the reference.
+    Returns, on all processes, a dict: fid or pixel_distance, n and, for 10 images or more through Inception,
+    is_mean and is_std. UserError where images or weights do not fit the reference.
     """
     def checked():
         for images, first in batches:
@@ -369,24 +381,26 @@ def evaluate(batches, extractor, reference, device="cpu"):
 
 
 def show(result, reference, weights=None, settings=None):
-    """Print a result of evaluate() with everything that made it; weights: their sha256, settings: of the samples."""
+    """Print a result of evaluate() with what made it; weights: their sha256, settings: of the samples."""
     few = min(result["n"] or 2048, reference.n or 2048)
     if "fid" in result:
-        print0(f"FID {result['fid']:.6g}", f"(warning: from {few:,} images; fewer than 2,048 give too high an FID)"
-               if few < 2048 else "")
+        print0(f"FID {result['fid']:.6g}", "" if few >= 2048 else
+               f"(warning: from {few:,} images; fewer than 2,048 give too high an FID)")
     else:
         print0(f"pixel distance {result['pixel_distance']:.6g}")
     if "is_mean" in result:
         print0(f"IS {result['is_mean']:.6g} +- {result['is_std']:.4g}")
-    samples, images = (f"{n:,} images" if n else "statistics of unknown count" for n in (result["n"], reference.n))
+    samples, images = (f"{n:,} images" if n else "statistics of unknown count"
+                       for n in (result["n"], reference.n))
     print0(f"samples: {samples}", f"| settings {json.dumps(settings)}" if settings else "")
     print0(f"reference: {images} | {reference.path}",
            f"| sha256 {sha256(reference.path)}" if RANK == 0 and os.path.isfile(reference.path) else "")
     if weights:
-        print0(f"weights: sha256 {weights}", "" if weights == WEIGHTS else "(WARNING: not FID's own; not comparable)")
+        print0(f"weights: sha256 {weights}",
+               "" if weights == WEIGHTS else "(WARNING: not FID's own; not comparable)")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
 
 class Images(NamedTuple):
@@ -405,7 +419,7 @@ class Images(NamedTuple):
 
 
 def read_ahead(item, workers):
-    """Images.read from item(i) -> uint8 (3, H, W): threads decode the next batch while the caller uses this one."""
+    """Images.read from item(i) -> uint8 (3, H, W): threads decode a batch while the caller uses the last."""
     def read(first, last, batch_size):
         with ThreadPoolExecutor(workers) as pool:
             ahead = pool.map(item, range(first, min(first + batch_size, last)))
@@ -423,9 +437,11 @@ def open_folder(path, workers):
     def item(i):
         image = read_image(files[i])
         if image.size != (width, height):
-            raise UserError(f"{files[i]} is {image.width}x{image.height}, {files[0]} is {width}x{height}: one size needed")
+            raise UserError(f"{files[i]} is {image.width}x{image.height}, "
+                            f"{files[0]} is {width}x{height}: one size needed")
         return to_tensor(image)
-    return Images(len(files), (height, width), read_ahead(item, workers), read_json(settings) if settings.exists() else None)
+    return Images(len(files), (height, width), read_ahead(item, workers),
+                  read_json(settings) if settings.exists() else None)
 
 
 @contextmanager
@@ -434,12 +450,12 @@ def open_zip(path):
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except Exception as error:                                        # zipfile, zlib and numpy raise many kinds
+    except Exception as error:                                    # zipfile, zlib and numpy raise many kinds
         raise UserError(f"{path}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from None
 
 
 def read_member(archive, name):
-    """An array of an .npz; None where it holds none of that name. ValueError beyond 256 MB, whatever it unpacks to."""
+    """An array of an .npz; None where it holds none of that name. ValueError beyond 256 MB unpacked."""
     if f"{name}.npy" not in archive.namelist():
         return None
     if archive.getinfo(f"{name}.npy").file_size > 2 ** 28:
@@ -449,7 +465,7 @@ def read_member(archive, name):
 
 
 def open_npz(path, features):
-    """The Reference in an .npz of mu and sigma, else the Images in its arr_0, which is streamed, never held whole."""
+    """The Reference in an .npz of mu and sigma, else the Images in its arr_0, streamed, never held whole."""
     def read(first, last, batch_size):
         with open_zip(path) as archive, archive.open("arr_0.npy") as file:
             file.seek(start + first * pixels)
@@ -460,7 +476,7 @@ def open_npz(path, features):
 
     with open_zip(path) as archive:
         mu, sigma = read_member(archive, "mu"), read_member(archive, "sigma")
-        if mu is not None or sigma is not None:                       # ADM's references hold arr_0 as well
+        if mu is not None or sigma is not None:                   # ADM's references hold arr_0 as well
             return read_statistics(path, archive, mu, sigma, features)
         settings = read_member(archive, "settings")
         with archive.open("arr_0.npy") as file:
@@ -475,68 +491,81 @@ def open_npz(path, features):
 
 
 def read_statistics(path, archive, mu, sigma, features):
-    """The Reference of mu and sigma and the members that --make_ref adds. ValueError where they do not fit."""
-    made, n, size, weights = (None if value is None else value.item() for value in
-                              (read_member(archive, name) for name in ("features", "n", "image_size", "weights")))
+    """The Reference of mu and sigma and what --make_ref adds. ValueError where they do not fit."""
+    members = (read_member(archive, name) for name in ("features", "n", "image_size", "weights"))
+    made, n, size, weights = (None if value is None else value.item() for value in members)
     dim = EXTRACTORS[features].dim
     if made and made != features:
         raise ValueError(f"made with --features {made}, not {features}")
     if np.shape(mu) != (dim,) or np.shape(sigma) != (dim, dim):
-        raise ValueError(f"mu {np.shape(mu)} and sigma {np.shape(sigma)}, but {features} features are {dim} numbers")
+        raise ValueError(f"mu {np.shape(mu)} and sigma {np.shape(sigma)}, "
+                         f"but {features} features are {dim} numbers")
     if not np.isfinite(mu).all() or not np.isfinite(sigma).all():
         raise ValueError("mu and sigma are not finite")
-    return Reference(path, mu.astype(np.float64), sigma.astype(np.float64), n, (size, size) if size else None, weights)
+    return Reference(path, mu.astype(np.float64), sigma.astype(np.float64), n,
+                     (size, size) if size else None, weights)
 
 
 def open_source(path, features, workers=1):
-    """Reference or Images: a folder, an .npz or a packed .npy. UserError for anything else and fewer than 2 images."""
+    """Reference or Images: a folder, an .npz or a packed .npy. UserError for others, and below 2 images."""
     if os.path.isdir(path):
         source = open_folder(path, workers)
     elif path.endswith(".npz"):
         source = open_npz(path, features)
     else:
-        data = Packed(path)
-        source = Images(len(data), tuple(data[0][0].shape[1:]), read_ahead(lambda i: data[i][0], workers))
+        source = open_data(path, Packed(path), workers)
     if isinstance(source, Images) and source.n < 2:
-        raise UserError(f"{path}: {source.n} images have no covariance, 2 are needed and 50,000 usual")
+        raise UserError(f"{path}: {source.n} images have no covariance: 2 are needed, and 50,000 are usual")
     return source
 
 
+def open_data(path, data, workers):
+    """A dataset of data.py as Images. UserError where it holds something else."""
+    image, _ = data[0]
+    if image.dtype != torch.uint8 or len(image) != 3:
+        raise UserError(f"{path}: {image.dtype} {tuple(image.shape)} is no RGB image")
+    return Images(len(data), tuple(image.shape[1:]), read_ahead(lambda i: data[i][0], workers))
+
+
 def load_reference(path, features="inception"):
-    """The Reference that --make_ref wrote, or a published one. UserError where it does not fit the features."""
+    """The Reference that --make_ref wrote, or a published one. UserError for other features."""
     reference = open_source(path, features)
     if isinstance(reference, Images):
         raise UserError(f"{path}: images, not their statistics; make them by `python fid.py --make_ref`")
     return reference
 
 
-def make_reference(args, extractor, device):
-    """Write the statistics of args.make_ref, cropped as for training, to args.out."""
-    data = Shapes(10_000, args.image_size) if args.make_ref == "shapes" else open_dataset(args.make_ref, args.image_size)
-    images = Images(len(data), (args.image_size,) * 2, read_ahead(lambda i: data[i][0], args.workers))
-    (mu, sigma, n), _ = collect(images.batches(args.batch_size), extractor, device)
-    made = dict(mu=mu, sigma=sigma, n=n, image_size=args.image_size, features=extractor.name, weights=extractor.sha256 or "")
+def make_reference(images, out, extractor, device, batch_size):
+    """Write the statistics of square Images to out, an .npz for load_reference()."""
+    (mu, sigma, n), _ = collect(images.batches(batch_size), extractor, device)
+    made = dict(mu=mu, sigma=sigma, n=n, image_size=images.size[0], features=extractor.name,
+                weights=extractor.sha256 or "")
     if RANK == 0:
-        write_atomically(args.out, lambda temporary: np.savez(temporary, **made))
-    print0(f"wrote {args.out}: {extractor.name} features of {n:,} images of {args.image_size} px")
+        write_atomically(out, lambda temporary: np.savez(temporary, **made))
+    print0(f"wrote {out}: {extractor.name} features of {n:,} images of {images.size[0]} px")
 
 
 def parse():
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("samples", nargs="?", help="a folder of images, an .npz (arr_0, or mu and sigma) or a packed .npy")
     add("reference", nargs="?", help="likewise")
-    add("--make_ref", metavar="DATA", help="write a reference: a folder of images, a packed .npy, or `shapes`")
+    add("--make_ref", metavar="DATA",
+        help="write a reference: a folder of images, a packed .npy, or `shapes`")
     add("--image_size", type=int, help="for --make_ref: pixels, cropped to as in training")
     add("--out", help="for --make_ref: the .npz")
     add("--features", choices=list(EXTRACTORS), default="inception", help="default inception")
     add("--weights", help="Inception weights file (default: downloaded once)")
-    add("--any_weights", action="store_true", help="accept other weights: a number that compares with nothing")
+    add("--any_weights", action="store_true",
+        help="accept other weights: a number that compares with nothing")
     add("--batch_size", type=int, default=64, help="images at a time on each process (default 64)")
-    add("--workers", type=int, default=max(1, os.cpu_count() // WORLD), help="decoding threads (default: the cores)")
+    add("--workers", type=int, default=max(1, os.cpu_count() // WORLD),
+        help="decoding threads (default: the cores)")
     add("--device", help="default: cuda, else cpu")
     args = parser.parse_args()
-    if args.make_ref is None and args.reference is None or args.make_ref and not (args.image_size and args.out):
+    if (args.make_ref is None and args.reference is None
+            or args.make_ref and not (args.image_size and args.out)):
         parser.error("give SAMPLES and REF, or --make_ref DATA --image_size PIXELS --out FILE.npz")
     if args.make_ref and not args.out.endswith(".npz"):
         parser.error(f"--out {args.out}: a reference is an .npz file")
@@ -546,25 +575,35 @@ def parse():
 
 
 def main():
+    """Write a reference, or measure samples against one."""
     args = parse()
     device, *_ = setup(args.device)
-    sources = [] if args.make_ref else [open_source(path, args.features, args.workers)
-                                        for path in (args.samples, args.reference)]
-    if args.make_ref or any(isinstance(source, Images) for source in sources):
-        extractor = make_extractor(args.features, args.weights, device, args.any_weights)
-    run.each_for_itself = True                # a damaged image is met by one process alone, which has to report it
+    size = args.image_size
     if args.make_ref:
-        return make_reference(args, extractor, device)
-    samples, reference = sources
-    if isinstance(reference, Images):
-        statistics, _ = collect(reference.batches(args.batch_size), extractor, device)
-        reference = Reference(args.reference, *statistics, reference.size, extractor.sha256)
-    reference.check(samples.size, None)
+        data = Shapes(10_000, size) if args.make_ref == "shapes" else open_dataset(args.make_ref, size)
+        sources = [open_data(args.make_ref, data, args.workers)]
+    else:
+        sources = [open_source(path, args.features, args.workers) for path in (args.samples, args.reference)]
+    samples, reference = sources[0], sources[-1]
+    if any(isinstance(source, Images) for source in sources):
+        extractor = make_extractor(args.features, args.weights, device, args.any_weights)
+        weights = extractor.sha256
+    else:
+        weights = samples.weights
+    if measured := isinstance(reference, Images) and reference:
+        reference = Reference(args.reference, None, None, size=measured.size)
+    reference.check(samples.size, weights)
+    run.each_for_itself = True          # a damaged image is met by one process alone, which has to report it
+    if args.make_ref:
+        return make_reference(samples, args.out, extractor, device, args.batch_size)
+    if measured:
+        (mu, sigma, n), _ = collect(measured.batches(args.batch_size), extractor, device)
+        reference = reference._replace(mu=mu, sigma=sigma, n=n, weights=weights)
     if isinstance(samples, Images):
         result = evaluate(samples.batches(args.batch_size), extractor, reference, device)
-        return show(result, reference, extractor.sha256, samples.settings)
+        return show(result, reference, weights, samples.settings)
     distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
-    show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, samples.weights)
+    show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, weights)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # Positions
@@ -79,7 +80,7 @@ class RMSNorm(nn.Module):
         if shift is None:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
         x = F.rms_norm(x.float(), self.weight.shape, eps=1e-6)
-        return torch.addcmul(shift, x, self.weight * (1 + scale))
+        return torch.addcmul(shift, x, self.weight * (1 + scale.float()))
 
 
 class TimeEmbedding(nn.Module):
@@ -99,7 +100,7 @@ class TimeEmbedding(nn.Module):
 
 def rotate(x, rope):
     """Turn neighbouring channels of x (N, T, heads, h): (a, b) -> (a cos - b sin, b cos + a sin)."""
-    x = x.float().unflatten(-1, (-1, 2))
+    x = x.unflatten(-1, (-1, 2))
     return torch.addcmul(x * rope[0], x.flip(-1), rope[1]).flatten(-2)
 
 
@@ -153,7 +154,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, condition, rope, drop=0):
-        m = self.adaLN_modulation(condition).float()[:, None]   # (N, 1, 6 D); bfloat16 would blur 1 + scale
+        m = self.adaLN_modulation(condition)[:, None]              # (N, 1, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
         x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))[:, drop:]
         return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
@@ -167,7 +168,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, condition):
-        shift, scale = self.adaLN_modulation(condition).float()[:, None].chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
 
 
@@ -185,7 +186,7 @@ class Transformer(nn.Module):
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: "
                              f"try {-(-image_size // patch_size) * patch_size}")
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.num_classes = num_classes
+        self.num_classes, self.checkpointing = num_classes, False
         self.side = image_size // patch_size
         self.register_buffer("pos_embed", sincos_positions(self.side, dim))
         self.t_embedder = TimeEmbedding(dim)
@@ -194,6 +195,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, heads, qk_norm, dropout if i in middle else 0.0) for i in range(depth))
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
+
+    def run(self, block, *inputs):
+        """The block's output; with `checkpointing` the backward pass computes its activations again: less memory."""
+        return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
 
     def initialize(self):
         """Every block starts as the identity and the network's output as 0 (adaLN-zero)."""
@@ -259,7 +264,7 @@ class JiT(Transformer):
                 x = torch.cat([y[:, None] + self.in_context_posemb, x], dim=1)
                 rope = self.rope(x.shape[1])                       # the class tokens stand in front, unturned
             last = block is self.blocks[-1]
-            x = block(x, condition, rope, drop=x.shape[1] - T if last else 0)
+            x = self.run(block, x, condition, rope, x.shape[1] - T if last else 0)
         return self.unpatchify(self.final_layer(x, condition))
 
 
@@ -277,7 +282,7 @@ class DiT(Transformer):
         x = linear(self.patchify(x), self.x_embedder.proj) + self.pos_embed
         rope = self.feat_rope(x.shape[1])
         for block in self.blocks:
-            x = block(x, condition, rope)
+            x = self.run(block, x, condition, rope)
         return self.unpatchify(self.final_layer(x, condition))
 
 

@@ -6,7 +6,7 @@
     velocity  v = dz/dt = x - e = (u - (c+d) z) / Delta,   Delta = c (1-t) - d t      App. A
     loss      |v^ - v|^2 = |u^ - u|^2 / Delta^2                                       Eq. (15)
 
-`python objective.py` runs the theory behind k: a linear network and k, trained together, find k = D / (D + d).
+`python objective.py` runs the theory behind k: a linear network and k, trained together, find D / (D + d).
 """
 import math
 import time
@@ -25,26 +25,26 @@ def k_of_t(w, t):
 
 
 # The target u = c x + d e: shape of the learnable w (None: nothing to learn), and (c, d) from w and t.
-# k slides from noise (0) through velocity (0.5) to data (1): u = k x - (1-k) e, Eq. (13). A new target is a new row.
+# k slides from noise (0) through velocity (0.5) to data (1): u = k x - (1-k) e, Eq. (13). A row is a target.
 TARGETS = {
-    "x":    (None, lambda w, t: (1.0, 0.0)),                                            # JiT's baseline
-    "v":    (None, lambda w, t: (1.0, -1.0)),                                           # LightningDiT's baseline
-    "eps":  (None, lambda w, t: (0.0, -1.0)),                                           # noise, up to its sign
-    "k":    ((), lambda w, t: (torch.sigmoid(w), torch.sigmoid(w) - 1)),                # the method
-    "two":  ((2,), lambda w, t: (torch.sigmoid(w[0]), -torch.sigmoid(w[1]))),           # Table 3
-    "time": ((BINS + 1,), lambda w, t: (k_of_t(w, t), k_of_t(w, t) - 1)),               # App. E
+    "x":    (None, lambda w, t: (1.0, 0.0)),                                    # JiT's baseline
+    "v":    (None, lambda w, t: (1.0, -1.0)),                                   # LightningDiT's baseline
+    "eps":  (None, lambda w, t: (0.0, -1.0)),                                   # noise, up to its sign
+    "k":    ((), lambda w, t: (torch.sigmoid(w), torch.sigmoid(w) - 1)),        # the method
+    "two":  ((2,), lambda w, t: (torch.sigmoid(w[0]), -torch.sigmoid(w[1]))),   # Table 3
+    "time": ((BINS + 1,), lambda w, t: (k_of_t(w, t), k_of_t(w, t) - 1)),       # App. E
 }
 LOSSES = ("v", "u", "x", "eps")
 
 
 def error_scale(loss, c, d, t, tau):
-    """The factor from the target's error u^ - u to the error in v, u, x or eps (Eqs. 21-26); like t in shape."""
+    """The factor from the error u^ - u to the error in v, u, x or eps (Eqs. 21-26); like t in shape."""
     delta = (c * (1 - t) - d * t).clamp(min=tau)        # the one clamp, shared with the sampler (Table 4)
     return {"v": 1.0, "u": delta, "x": (1 - t).clamp(min=tau), "eps": t.clamp(min=tau)}[loss] / delta
 
 
 def seeded_normal(shape, seeds, device):
-    """Standard normal (N, *shape) float32, row n drawn from the integer seeds[n] alone, whatever the batch around it."""
+    """Standard normal (N, *shape) float32, row n drawn from the integer seeds[n], whatever the batch."""
     rows = torch.empty(len(seeds), *shape, device=device)
     generator = torch.Generator(device)
     for row, seed in zip(rows, seeds):
@@ -59,7 +59,7 @@ class KDiff(nn.Module):
     target      a row of TARGETS, or a number in [0, 1]: that k, fixed
     t_mean, t_std, noise_scale, tau, label_drop      Table 4 (train.py's PRESETS)
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
-    Raises ValueError for an unknown target or loss, and for target "two" with loss "u" (k1 = k2 = 0 would win).
+    ValueError for an unknown target or loss, and for target "two" with loss "u" (k1 = k2 = 0 would win).
     """
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
@@ -71,16 +71,18 @@ class KDiff(nn.Module):
             except (TypeError, ValueError):
                 fixed = -1.0
             if not 0 <= fixed <= 1:
-                raise ValueError(f"target {target!r} is unknown: one of {', '.join(TARGETS)} or a number in [0, 1]")
+                raise ValueError(f"target {target!r} is unknown: "
+                                 f"one of {', '.join(TARGETS)} or a number in [0, 1]")
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is unknown: one of {', '.join(LOSSES)}")
         if (target, loss) == ("two", "u"):
-            raise ValueError("target two cannot learn under loss u: k1 = k2 = 0 would win; take loss v, x or eps")
+            raise ValueError("target two cannot learn under loss u: k1 = k2 = 0 would win; "
+                             "take loss v, x or eps")
         shape, self.rule = TARGETS[target] if target in TARGETS else (None, lambda w, t: (fixed, fixed - 1))
         self.net, self.target, self.loss_space, self.num_classes = net, target, loss, num_classes
         self.t_mean, self.t_std, self.noise_scale = t_mean, t_std, noise_scale
         self.tau, self.label_drop = tau, label_drop
-        self.w = None if shape is None else nn.Parameter(torch.zeros(shape))      # sigmoid(0): k starts at 0.5
+        self.w = None if shape is None else nn.Parameter(torch.zeros(shape))     # sigmoid(0): k starts at 0.5
 
     def coefficients(self, t):
         """(c, d) of the target at times t (N,), each (N, 1, 1, 1)."""
@@ -94,7 +96,7 @@ class KDiff(nn.Module):
         return (u.to(z.dtype) - (c + d) * z) * error_scale("v", c, d, t.view(-1, 1, 1, 1), self.tau)
 
     def loss(self, x, y, t, e):
-        """The loss (a scalar) of data x (N,C,H,W) with labels y (N,) at times t (N,), noise e of std noise_scale."""
+        """The loss (a scalar): data x (N,C,H,W), labels y (N,), times t (N,), noise e of std noise_scale."""
         c, d = self.coefficients(t)
         s = t.view(-1, 1, 1, 1)
         z = s * x + (1 - s) * e                                                   # Eq. (1a)
@@ -103,9 +105,9 @@ class KDiff(nn.Module):
         return (error * error_scale(self.loss_space, c, d, s, self.tau)).square().mean()      # Eq. (15)
 
     def draw(self, x, y, seeds=None):
-        """Times (N,), noise like x, and labels y with some replaced by the null class. seeds: an integer an image."""
-        values = x[0].numel() + 2                    # the first decides t, the second the label, the others are e
-        r = torch.randn(len(x), values, device=x.device) if seeds is None else seeded_normal((values,), seeds, x.device)
+        """Times (N,), noise like x, and labels y, some of them the null class. seeds: an integer an image."""
+        n = x[0].numel() + 2                     # the first decides t, the second the label, the others are e
+        r = torch.randn(len(x), n, device=x.device) if seeds is None else seeded_normal((n,), seeds, x.device)
         t = torch.sigmoid(self.t_mean + self.t_std * r[:, 0])
         dropped = torch.special.ndtr(r[:, 1]) < self.label_drop
         return t, self.noise_scale * r[:, 2:].reshape(x.shape), torch.where(dropped, self.num_classes, y)
@@ -116,27 +118,28 @@ class KDiff(nn.Module):
         return self.loss(x, y, t, e)
 
     def ks(self):
-        """What was learned, as tensors by name: {"k": k}, {"k1": k1, "k2": k2}, {"k": mean of k(t)}, or the fixed k."""
+        """What was learned, as tensors: {"k": k}, {"k1": k1, "k2": k2}, {"k": mean k(t)}, or the fixed k."""
         t = torch.linspace(0, 1, BINS + 1)[:, None].to(self.w.device if self.w is not None else "cpu")
         c, d = (torch.as_tensor(value).detach().mean() for value in self.rule(self.w, t))
         return {"k1": c, "k2": -d} if self.target == "two" else {"k": c / (c - d)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Theory (Sec. 3). Data x = P s fills d of D dimensions; one linear layer u^ = W z serves every t.
 
 def optimal_k(d, D):
-    """Theorem 3.2: the k whose optimal u-loss is smallest, for d-dimensional data in D dimensions, t uniform."""
+    """Theorem 3.2: the k whose optimal u-loss is least, for d-dimensional data in D dimensions, t uniform."""
     return D / (D + d)                                                            # Eq. (14)
 
 
 def logit_normal(mean, std):
     """The density p(t) of t = sigmoid(N(mean, std)), as a function of t in (0, 1)."""
-    return lambda t: (-((torch.logit(t) - mean) / std) ** 2 / 2).exp() / (std * math.sqrt(2 * math.pi) * t * (1 - t))
+    scale = std * math.sqrt(2 * math.pi)
+    return lambda t: (-((torch.logit(t) - mean) / std) ** 2 / 2).exp() / (scale * t * (1 - t))
 
 
 def _brackets(c, d, loss, density, tau, points=20_000):
-    """<ac+bd>, <a^2+b^2>, <bd>, <b^2>, <c^2+d^2>, <d^2> by the midpoint rule: <f> = integral f weight(t) p(t) dt."""
+    """<ac+bd>, <a^2+b^2>, <bd>, <b^2>, <c^2+d^2>, <d^2> by midpoint rule: <f> = int f weight(t) p(t) dt."""
     a = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     b = 1 - a
     c, d = (torch.as_tensor(f(a) if callable(f) else f, dtype=torch.float64).expand(points) for f in (c, d))
@@ -153,7 +156,7 @@ def equilibrium(c, d, loss="u", density=None, tau=0.0):
 
 
 def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0):
-    """Eq. (12): the least loss, summed over dimensions, of a linear layer on dim-dimensional data in ambient_dim.
+    """Eq. (12): the least summed loss of a linear layer, for dim-dimensional data in ambient_dim dimensions.
 
     c, d        the target's coefficients, numbers or functions of t (float64 tensor in (0, 1))
     loss, tau   as in KDiff; density: p(t) as a function of t, None for uniform times
@@ -170,28 +173,30 @@ class Linear(nn.Module):
         self.W = nn.Parameter(torch.zeros(D, D))
 
     def forward(self, z, t, y):
+        """u^ like z (N, D, 1, 1); t and y play no part."""
         return (z.flatten(1) @ self.W.T).view_as(z)
 
 
 def train_linear(d, D, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0, watch=None):
     """Train the linear layer and its target on x = P s by gradient descent on the u-loss, t uniform.
 
-    Returns (kdiff, P (D, d), mean loss of the last quarter summed over the D dimensions). While k is learned the rates
-    fall to zero over the last half. watch(step, W (D, D), P) is called before every step.
+    Returns (kdiff, P (D, d), mean loss of the last quarter summed over the D dimensions). While k is learned
+    the rates fall to zero over the last half. watch(step, W (D, D), P) is called before every step.
     """
     g = torch.Generator().manual_seed(seed)
     P = torch.linalg.qr(torch.randn(D, d, generator=g)).Q
     kdiff = KDiff(Linear(D), target, num_classes=0, loss="u")
-    groups = [{"params": [kdiff.net.W], "lr": rate * D / 2}]      # the loss is a mean over D: its gradient is 2/D small
+    groups = [{"params": [kdiff.net.W], "lr": rate * D / 2}]     # of a mean over D: its gradient is 2/D small
     groups += [] if kdiff.w is None else [{"params": [kdiff.w], "lr": k_rate}]
     optimizer = torch.optim.SGD(groups)
-    fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, 2 - 2 * n / steps) if kdiff.w is not None else 1.0)
+    fall = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda n: 1.0 if kdiff.w is None else min(1.0, 2 - 2 * n / steps))
     losses = []
     for step in range(steps):
         if watch:
             watch(step, kdiff.net.W.detach(), P)
         x = (torch.randn(batch, d, generator=g) @ P.T).view(batch, D, 1, 1)
-        t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch        # uniform, one in each of `batch` slots
+        t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch        # uniform, one in each slot
         loss = kdiff.loss(x, None, t, torch.randn(x.shape, generator=g))
         optimizer.zero_grad()
         loss.backward()
@@ -204,30 +209,34 @@ def train_linear(d, D, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, 
 def main():
     """Check the theorems by gradient descent and print theory beside measurement."""
     start, D = time.time(), 64
-    print("Theorem 3.2. A linear layer and k, trained together by gradient descent on the u-loss of data P s\n")
+    print("Theorem 3.2. A linear layer and k, trained together by gradient descent "
+          "on the u-loss of data P s\n")
     print("   D    d   k learned   D/(D+d)   loss reached   loss by Eq. (12)")
     for d in (64, 32, 16, 8, 1):
         kdiff, _, loss = train_linear(d, D)
         k = optimal_k(d, D)
-        print(f"{D:4} {d:4} {kdiff.ks()['k'].item():11.3f} {k:9.3f} {loss:14.3f} {optimal_loss(k, k-1, d, D):18.3f}")
+        learned, least = kdiff.ks()["k"].item(), optimal_loss(k, k - 1, d, D)
+        print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {least:18.3f}")
 
     d, rate = 8, 0.02
     par, perp = equilibrium(1.0, -1.0)
-    print(f"\nEq. (9). Target v, D = {D}, d = {d}: both modes of W relax from 0, each at its own rate, to Eq. (11)\n")
+    print(f"\nEq. (9). Target v, D = {D}, d = {d}: "
+          "both modes of W relax from 0, each at its own rate, to Eq. (11)\n")
     print(" time   W_par   theory   W_perp   theory")
 
     def watch(step, W, P):
         if step % 100 == 0:
             w_par = ((P.T @ W @ P).trace() / d).item()
             w_perp = ((W.trace() - (P.T @ W @ P).trace()) / (D - d)).item()
-            s = rate * step                                     # <a^2+b^2> = 2/3 and <b^2> = 1/3 for uniform t
+            s = rate * step                                  # <a^2+b^2> = 2/3 and <b^2> = 1/3 for uniform t
             print(f"{s:5.1f} {w_par:7.3f} {par * (1 - math.exp(-s * 2/3)):8.3f} {w_perp:8.3f} "
                   f"{perp * (1 - math.exp(-s / 3)):8.3f}")
     train_linear(d, D, target="v", steps=601, rate=rate, watch=watch)
 
     d = 32
     ks = torch.linspace(0, 1, 1001, dtype=torch.float64).tolist()
-    print(f"\nWhat the theorem does not cover. The best k of the same linear layer, D = {D}, d = {d}, by Eq. (12)\n")
+    print("\nWhat the theorem does not cover. "
+          f"The best k of the same linear layer, D = {D}, d = {d}, by Eq. (12)\n")
     for name, loss, density, tau in (
             ("u-loss, uniform t: Theorem 3.2", "u", None, 0.0),
             ("v-loss, uniform t, tau 0.05", "v", None, 0.05),

@@ -1,9 +1,9 @@
 """From noise to pictures: guidance, ODE solvers, checkpoints of ours and the published ones, drawing.
 
-    python sample.py out/pixel/ckpt.pt                                     a labelled grid beside the checkpoint
-    python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2         chosen classes, guidance scale
-    torchrun --nproc_per_node=8 sample.py ckpt.pt --n 50000 --out samples.npz              samples for evaluation
-    python sample.py out/pixel out/latent --plot k --out k.png             a column of several runs' log.csv
+    python sample.py out/pixel/ckpt.pt                                   a labelled grid beside the checkpoint
+    python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2       chosen classes, guidance scale
+    torchrun --nproc_per_node=8 sample.py ckpt.pt --samples 50000 --out samples.npz     samples for evaluation
+    python sample.py out/pixel out/latent --plot k --out k.png           a column of several runs' log.csv
 
 N images, C channels, H, W their size; t runs from 0 (noise) to 1 (data).
 """
@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import model
-from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, print0, progress, read_tensors, run,
-                  seed_of, setup, write_atomically)
+from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, in_short, print0, progress,
+                  read_tensors, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -34,19 +34,19 @@ PUBLISHED = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Guidance and solvers (Alg. 2)
 
 def guided(kdiff, y, scale, interval):
     """velocity(z (N,C,H,W), t 0-d) of labels y (N,), guided by `scale` while interval[0] < t < interval[1].
 
-    An interval that begins at 0 holds t = 0 too. Outside it, and at scale 1, the unconditional pass is left out.
+    An interval that begins at 0 holds t = 0 too. Outside it, and at scale 1, the null pass is left out.
     """
     low, high = interval
     both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
 
     def velocity(z, t):
-        t = torch.as_tensor(t, dtype=torch.float32, device="cpu")           # compared in float32, without a GPU sync
+        t = torch.as_tensor(t, dtype=torch.float32, device="cpu")       # compared in float32, no GPU sync
         if scale == 1 or not ((t > low or t == low == 0) and t < high):
             times = torch.full((len(z),), t.item(), device=z.device)
             return kdiff.velocity(kdiff.net(z, times, y), z, times)
@@ -58,7 +58,7 @@ def guided(kdiff, y, scale, interval):
 
 
 def integrate(velocity, z, steps=50, solver="heun"):
-    """Solve dz/dt = velocity(z, t) from t = 0 to 1 on a uniform grid; solver "euler", or "heun" with a last Euler step."""
+    """Solve dz/dt = velocity(z, t) from t = 0 to 1 in equal steps; "euler", or "heun" with Euler's last."""
     times = torch.linspace(0, 1, steps + 1)
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         v = velocity(z, t)
@@ -76,9 +76,8 @@ def autocast(device, dtype=None):
 
 
 @torch.no_grad()
-def generate(kdiff, codec, labels, indices, cfg, interval, steps=50, solver="heun", seed=0,
-             dtype=None):
-    """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]) alone."""
+def generate(kdiff, codec, labels, indices, cfg, interval, steps=50, solver="heun", seed=0, dtype=None):
+    """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n])."""
     device, net = kdiff.net.pos_embed.device, kdiff.net
     z = kdiff.noise_scale * seeded_normal((net.in_channels, net.image_size, net.image_size),
                                           [seed_of(seed, "sample", i) for i in indices], device)
@@ -95,7 +94,7 @@ def sample_all(kdiff, codec, labels, batch_size, **how):
 
 
 def generate_split(kdiff, codec, classes, n, batch_size, **how):
-    """This process's share of n samples with labels going round `classes`: (uint8 (b,3,H,W), labels, indices) each."""
+    """This process's part of n samples, labels going round `classes`: (uint8 (b,3,H,W), labels, indices)."""
     start, mine = time.time(), list(range(n * RANK // WORLD, n * (RANK + 1) // WORLD))
     for i in range(0, len(mine), batch_size):
         indices = mine[i:i + batch_size]
@@ -104,11 +103,11 @@ def generate_split(kdiff, codec, classes, n, batch_size, **how):
         progress(i + len(indices), len(mine), start, "samples")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 def assemble(config):
-    """The untrained KDiff of a config: a dict of the settings below. UserError where they do not go together."""
+    """The untrained KDiff of a config, a dict of the settings below; UserError where they do not fit."""
     try:
         net = model.build(config["model"], config["net_size"], config["num_classes"], config["in_channels"],
                           **({"qk_norm": True} if config.get("qk_norm") else {}))
@@ -128,7 +127,8 @@ def pack_codec(codec, tokenizer_file=None):
 
 def unpack_codec(state, tokenizer_file=None):
     """The Codec of pack_codec's dict; tokenizer_file overrides where the VA-VAE weights lie."""
-    file = tokenizer_file or (state.get("tokenizer") if os.path.exists(state.get("tokenizer") or "") else None)
+    known = state.get("tokenizer")
+    file = tokenizer_file or (known if os.path.exists(known or "") else None)
     tokenizer = PatchPCA(**state["pca"]) if state.get("pca") else VAVAE(file) if file else None
     return Codec(tokenizer, state.get("mean"), state.get("std"))
 
@@ -137,18 +137,20 @@ def published_config(weights, name):
     """The config of a published network from its weights; name None: the size whose shapes they have."""
     try:
         rows, tokens = weights["y_embedder.embedding_table.weight"].shape[0], weights["pos_embed"].shape[1]
-        patches = weights["x_embedder.proj1.weight" if "x_embedder.proj1.weight" in weights else "x_embedder.proj.weight"]
+        family = "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
+        patches = weights[f"x_embedder.{'proj1' if family == 'JiT' else 'proj'}.weight"]
         depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-        shape, family = (patches.shape[-1], weights["pos_embed"].shape[2], depth), \
-            "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
-        name = name or next(n for n, size in model.SIZES.items() if size[:3] == shape and n.startswith(family))
+        shape = patches.shape[-1], weights["pos_embed"].shape[2], depth
+        fits = (n for n, size in model.SIZES.items() if size[:3] == shape and n.startswith(family))
+        name = name or next(fits)
     except (KeyError, IndexError, AttributeError, StopIteration):
-        raise UserError("the weights are of no network known here: neither JiT nor LightningDiT (--model names one)")
+        raise UserError("the weights are of no network known here: "
+                        "neither JiT nor LightningDiT (--model names one)")
     if name not in model.SIZES:
         raise UserError(f"unknown model {name}: choose from {', '.join(model.SIZES)}")
     size = math.isqrt(tokens) * model.SIZES[name][0]
-    return dict(model=name, net_size=size, in_channels=patches.shape[1], num_classes=rows - 1, t_mean=0.0, t_std=1.0,
-                noise_scale=size / 256 if family == "JiT" else 1.0, label_drop=0.1, loss="v",
+    return dict(model=name, net_size=size, in_channels=patches.shape[1], num_classes=rows - 1, t_mean=0.0,
+                t_std=1.0, noise_scale=size / 256 if family == "JiT" else 1.0, label_drop=0.1, loss="v",
                 qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
 
 
@@ -159,7 +161,8 @@ def published_weights(file, ema):
     if ema and (key is None or key not in file):
         raise UserError(f"--ema {ema}: the file has {', '.join(names)}")
     weights = next((file[k] for k in (key, "ema", "model") if isinstance(file.get(k), dict)), file)
-    weights = {k.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("net."): v for k, v in weights.items()}
+    for prefix in ("module.", "_orig_mod.", "net."):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights, ema or next(iter(names))
 
 
@@ -186,28 +189,30 @@ def read_weights(path, ema=None, model=None):
 def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     """Open a checkpoint of ours or a published one, ready to sample.
 
-    ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its own default
+    ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its default
     model        the size, for published files (else found from the shapes)
     tokenizer    VA-VAE weights file; stats: latents_stats.pt, for published latent networks
-    Returns a namespace: kdiff, codec, classes (names), config, step, ema. UserError where the file does not fit.
+    Returns a namespace: kdiff, codec, classes (names), config, step, ema. UserError where one does not fit.
     """
     config, weights, state, step, ema = read_weights(path, ema, model)
     try:
         if stats:
-            state = state | {key: read_tensors(stats)[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
+            values = read_tensors(stats)
+            state = state | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
         if config["space"] == "latent" and state.get("mean") is None:
-            raise UserError(f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
+            raise UserError(f"{path}: a latent network needs --stats (latents_stats.pt) "
+                            "and --tokenizer to sample")
         kdiff = assemble(config)
         kdiff.load_state_dict(weights)
         codec = unpack_codec(state, tokenizer)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: its weights do not fit {config.get('model')} ({reason} ...)") from None
+        raise UserError(f"{path}: its weights do not fit {config.get('model')} ({in_short(error)})") from None
     kdiff, codec = kdiff.to(device).eval().requires_grad_(False), codec.to(device)
-    return SimpleNamespace(kdiff=kdiff, codec=codec, classes=state["classes"], config=config, step=step, ema=ema)
+    return SimpleNamespace(kdiff=kdiff, codec=codec, classes=state["classes"], config=config, step=step,
+                           ema=ema)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Drawing (Pillow alone)
 
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
@@ -215,7 +220,7 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 
 def draw_grid(images, names, path, columns):
-    """Write uint8 images (N,3,H,W) as rows of `columns`, each row with its name in front; small ones enlarged."""
+    """Write uint8 images (N,3,H,W) as rows of `columns`, a row's name in front; small ones enlarged."""
     size = images.shape[-1]
     zoom, gap = max(1, 96 // size), 4
     cell, font = size * zoom + gap, ImageFont.load_default(14)
@@ -226,7 +231,8 @@ def draw_grid(images, names, path, columns):
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        sheet.paste(picture.resize((size * zoom,) * 2, Image.NEAREST), (margin + column * cell, gap + row * cell))
+        picture = picture.resize((size * zoom,) * 2, Image.NEAREST)
+        sheet.paste(picture, (margin + column * cell, gap + row * cell))
         if column == 0:
             pen.text((8, gap + row * cell + cell // 2), names[row], INK, font, anchor="lm")
     write_atomically(path, sheet.save)
@@ -240,7 +246,7 @@ def ticks(low, high):
 
 
 def draw_curves(panels, path):
-    """Write panels side by side, each (title, x label, {name: (xs, ys)}); y from 0 to 1 where the values lie there."""
+    """Write panels side by side, each (title, x label, {name: (xs, ys)}); y from 0 to 1 where that fits."""
     W, H, left, top, bottom = 560, 380, 64, 40, 46
     sheet = Image.new("RGB", (W * len(panels), H), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -249,7 +255,9 @@ def draw_curves(panels, path):
         if not xs or not ys:
             continue
         x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
-        y0, y1 = (0, 1) if 0 <= min(ys) and max(ys) <= 1 and max(ys) > 0.3 else (min(0, min(ys)), max(max(ys), 1e-9) * 1.05)
+        y0, y1 = min(0, min(ys)), max(max(ys), 1e-9) * 1.05
+        if y0 == 0 and 0.3 < max(ys) <= 1:
+            y1 = 1
         right = 20
         px = lambda x: p * W + left + (x - x0) / (x1 - x0) * (W - left - right)
         py = lambda y: H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
@@ -260,10 +268,11 @@ def draw_curves(panels, path):
             pen.line([(px(x0), py(y)), (px(x1), py(y))], GREY)
             pen.text((px(x0) - 6, py(y)), f"{y:.10g}", INK, font, anchor="rm")
         for i, (name, curve) in enumerate(curves.items()):
-            points = [(px(x), py(min(max(y, y0), y1))) for x, y in zip(*curve) if math.isfinite(x) and math.isfinite(y)]
-            pen.line(points, COLOURS[i % len(COLOURS)], 2)
+            colour = COLOURS[i % len(COLOURS)]
+            points = [(x, y) for x, y in zip(*curve) if math.isfinite(x) and math.isfinite(y)]
+            pen.line([(px(x), py(min(max(y, y0), y1))) for x, y in points], colour, 2)
             if len(curves) > 1:
-                pen.text((p * W + W - right - 8, top + 10 + 18 * i), name, COLOURS[i % len(COLOURS)], font, anchor="rt")
+                pen.text((p * W + W - right - 8, top + 10 + 18 * i), name, colour, font, anchor="rt")
         pen.text((p * W + W // 2, 12), title, INK, ImageFont.load_default(16), anchor="mt")
         pen.text((p * W + W // 2, H - 8), x_label, INK, font, anchor="mb")
     write_atomically(path, sheet.save)
@@ -279,19 +288,36 @@ def read_log(run_folder, column):
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
+def print_table(runs):
+    """Print k, loss (mean of the last fifth of the log) and distance of runs: mean +- std over those named NAME-seedN."""
+    groups = {}
+    for run_folder in runs:
+        groups.setdefault(Path(run_folder).name.rpartition("-seed")[0] or Path(run_folder).name, []).append(run_folder)
+    print0(f"{'run':20} seeds   {'k':>15} {'k1':>15} {'k2':>15} {'loss':>17} {'pixel_distance':>17}")
+    for name, folders in sorted(groups.items()):
+        cells = []
+        for column in ("k", "k1", "k2", "loss", "pixel_distance"):
+            logs = [read_log(folder, column)[1] for folder in folders]
+            ends = [np.mean(log[-max(1, len(log) // 5):] if column == "loss" else log[-1:]) for log in logs if log]
+            cells.append(f"{np.mean(ends):.3f} +- {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else
+                         f"{ends[0]:.3f}" if ends else "")
+        print0(f"{name:20} {len(folders):5}   " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (15, 15, 15, 17, 17))))
+
+
 def draw_k_of_t(kdiff, path):
     """Fig. 5: the learned k(t) of target "time", and the density of the times that training drew."""
     t = torch.linspace(0, 1, 8 * BINS + 1)
-    k, density = k_of_t(kdiff.w.detach().float().cpu(), t), logit_normal(kdiff.t_mean, kdiff.t_std)(t[1:-1])
-    draw_curves([("k(t)", "t: noise to data", {"k": (t.tolist(), k.tolist())}),
-                 ("density of the times in training", "t: noise to data", {"p": (t[1:-1].tolist(), density.tolist())})], path)
+    k, inner = k_of_t(kdiff.w.detach().float().cpu(), t), t[1:-1]
+    p, x_label = logit_normal(kdiff.t_mean, kdiff.t_std)(inner), "t: noise to data"
+    draw_curves([("k(t)", x_label, {"k": (t.tolist(), k.tolist())}),
+                 ("density of the times in training", x_label, {"p": (inner.tolist(), p.tolist())})], path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples for evaluation
 
 def write_samples(batches, n, out, settings):
-    """Write n samples, made by several processes, to out: an .npz (arr_0, arr_1, settings) or a folder of PNGs."""
+    """Write n samples, made by all processes: to an .npz (arr_0, arr_1, settings) or a folder of PNGs."""
     out = Path(out)
     if out.suffix != ".npz":
         out.mkdir(parents=True, exist_ok=True)
@@ -302,15 +328,15 @@ def write_samples(batches, n, out, settings):
         if RANK == 0:
             (out / "settings.json").write_text(json.dumps(settings))
         return
-    parts = [out.with_name(f"{out.name}.{i}.tmp.npy") for i in (0, 1)]          # shared by all processes, then zipped
+    parts = [out.with_name(f"{out.name}.{i}.tmp.npy") for i in (0, 1)]     # shared by all, then zipped
     arrays = None
     for images, labels, indices in batches:
         images = images.permute(0, 2, 3, 1).cpu().numpy()
         if arrays is None:
             if RANK == 0:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                for part, dtype, shape in ((parts[0], np.uint8, (n, *images.shape[1:])), (parts[1], np.int64, (n,))):
-                    np.lib.format.open_memmap(part, "w+", dtype, shape)
+                np.lib.format.open_memmap(parts[0], "w+", np.uint8, (n, *images.shape[1:]))
+                np.lib.format.open_memmap(parts[1], "w+", np.int64, (n,))
             barrier()
             arrays = [np.load(part, mmap_mode="r+") for part in parts]
         arrays[0][indices], arrays[1][indices] = images, labels
@@ -334,21 +360,24 @@ def choose_classes(text, names):
     chosen = []
     for word in text.split(","):
         if word not in names and not (word.isdigit() and int(word) < len(names)):
-            raise UserError(f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1}"
-                            + (f" ({', '.join(names)})" if len(names) <= 20 else ""))
+            listed = f" ({', '.join(names)})" if len(names) <= 20 else ""
+            raise UserError(f"--classes {word}: not a label of this checkpoint, "
+                            f"which has 0 to {len(names) - 1}{listed}")
         chosen.append(int(word) if word.isdigit() and word not in names else names.index(word))
     return chosen
 
 
 def parse():
+    """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="+", help="ckpt.pt of a run, or a published file; with --plot, folders of runs")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
-    add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say --samples "
-        "(default: 8 a class in a grid, 50,000 for --fid)")
+    add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say "
+        "--samples (default: 8 a class in a grid, 50,000 for --fid)")
     add("--cfg", type=float, help="guidance scale; 1 is none (default: the checkpoint's)")
-    add("--interval", type=float, nargs=2, help="times between which guidance acts (default: the checkpoint's)")
+    add("--interval", type=float, nargs=2,
+        help="times between which guidance acts (default: the checkpoint's)")
     add("--steps", type=int, default=50, help="solver steps (default 50)")
     add("--solver", choices=("heun", "euler"), default="heun", help="(default heun)")
     add("--ema", help="which average of the weights, or none (default: the checkpoint's)")
@@ -360,8 +389,10 @@ def parse():
     add("--stats", help="latents_stats.pt, for published latent checkpoints")
     add("--device", help="default: cuda, else cpu")
     add("--fid", metavar="REF", help="evaluate against this reference (see fid.py)")
-    add("--features", choices=("inception", "pixels"), default="inception", help="for --fid (default inception)")
+    add("--features", choices=("inception", "pixels"), default="inception",
+        help="for --fid (default inception)")
     add("--weights", help="Inception weights file, for --fid")
+    add("--table", action="store_true", help="tabulate the runs given, over seeds where their names end in -seedN")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     for name in ("n", "steps", "batch_size"):
@@ -371,14 +402,17 @@ def parse():
 
 
 def main():
+    """Draw a grid, write samples or measure them, as the flags say."""
     args = parse()
+    if args.table:
+        return print_table(args.checkpoint)
     if args.plot:
         out = args.out or f"{args.plot}.png"
         curves = {Path(folder).name: read_log(folder, args.plot) for folder in args.checkpoint}
         draw_curves([(args.plot, "step", curves)], out)
         return print0(f"wrote {out}")
     if len(args.checkpoint) > 1:
-        raise UserError(f"{args.checkpoint[1]}: one checkpoint at a time (several go with --plot)")
+        raise UserError(f"{args.checkpoint[1]}: one checkpoint at a time (several go with --plot or --table)")
     device, *_ = setup(args.device)
     path = Path(args.checkpoint[0])
     if args.fid:
@@ -389,11 +423,12 @@ def main():
         raise UserError(f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
     if device.type == "cuda":
         for block in it.kdiff.net.blocks:
-            block.compile()
+            block.compile(dynamic=False)
     grid = not args.fid and (args.out is None or args.out.endswith(".png"))
     classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
     classes = classes[:8] if grid and not args.classes else classes
-    how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg, interval=args.interval or it.config["interval"],
+    how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
+               interval=args.interval or it.config["interval"],
                steps=args.steps, solver=args.solver, seed=args.seed)
     settings = dict(checkpoint=str(path), step=it.step, ema=it.ema, model=it.config["model"],
                     net_size=it.config["net_size"], **how)
@@ -410,7 +445,8 @@ def main():
         return
     batches = generate_split(it.kdiff, it.codec, classes, n, args.batch_size, **how)
     if args.fid:
-        result = fid.evaluate(((images, indices[0]) for images, _, indices in batches), extractor, reference, device)
+        measured = ((images, indices[0]) for images, _, indices in batches)
+        result = fid.evaluate(measured, extractor, reference, device)
         fid.show(result, reference, extractor.sha256, settings)
     else:
         write_samples(batches, n, args.out, settings)

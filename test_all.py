@@ -1,10 +1,18 @@
 """Every claim of the other files, each test named after one: `pytest test_all.py`, no network, no GPU."""
 import argparse
+import importlib
 import json
 import math
 import os
+import random
+import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +21,324 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 import model
-from data import (Codec, ImageFolder, Latents, Order, PatchPCA, Shapes, UserError, crop, open_dataset, pack, read_image,
-                  read_tensors)
+import train
+from data import (VAVAE, Codec, ImageFolder, Latents, Order, PatchPCA, Shapes, UserError, crop, encode, open_dataset, pack,
+                  read_image, read_tensors, run)
 from model import JiT
 from objective import KDiff, equilibrium, k_of_t, logit_normal, optimal_k, optimal_loss, train_linear
-from sample import generate, guided, integrate, load, read_log
+from sample import assemble, generate, guided, integrate, load, read_log
 from train import EMA
 
 HERE = Path(__file__).parent
+
+
+
+TINY_JIT = dict(image_size=32, patch_size=8, dim=64, depth=6, heads=4, num_classes=10, bottleneck=16,
+                context_tokens=4, context_start=2)
+TINY_DIT = dict(image_size=8, patch_size=1, in_channels=4, dim=64, depth=4, heads=4, num_classes=10)
+PUBLISHED = {"JiT-B/16": (256, 131, 25), "JiT-B/32": (512, 133, 26), "LightningDiT-XL/1": (16, 675, 119)}
+
+
+def normal(key, *shape):
+    """Normal numbers that depend on the key alone (numpy's legacy generator is frozen)."""
+    r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    return torch.from_numpy(np.asarray(r, dtype=np.float32))
+
+
+def fill(net):
+    """Weights as a function of their key; the tables of positions stay."""
+    state = net.state_dict()
+    for key, value in state.items():
+        if "pos_embed" in key or "feat_rope" in key:
+            continue
+        r = normal(key, *value.shape)
+        if value.ndim > 1:
+            value.copy_(r / math.sqrt(value[0].numel()))
+        else:
+            value.copy_(0.1 * r + key.endswith("weight"))
+    net.load_state_dict(state)
+    return net.eval()
+
+
+def inputs(net, n=3):
+    x = normal("x", n, net.in_channels, net.image_size, net.image_size)
+    return x, torch.tensor([0.05, 0.5, 0.93])[:n], torch.tensor([0, 3, 10])[:n]
+
+
+def error(ours, theirs):
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def plain_network(state, x, t, y, heads, p, start=None):
+    """Both transformers in float64 and in plain formulas: explicit rotation matrices, softmax, loops."""
+    state, x = {key: value.double() for key, value in state.items()}, x.double()
+    def linear(name, v): return v @ state[name + ".weight"].flatten(1).T + state.get(name + ".bias", 0)
+    def silu(v): return v / (1 + torch.exp(-v))
+    def rms(v): return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    def modulated(name, v, shift, scale):
+        return rms(v) * state[name + ".weight"] * (1 + scale[:, None]) + shift[:, None]
+
+    f = torch.tensor([math.exp(-math.log(10000) * i / 128) for i in range(128)]).double()
+    f = t.double()[:, None] * f
+    label = state["y_embedder.embedding_table.weight"][y]
+    time = silu(linear("t_embedder.mlp.0", torch.cat([f.cos(), f.sin()], 1)))
+    condition = silu(linear("t_embedder.mlp.2", time) + label)
+
+    v = F.unfold(x, p, stride=p).transpose(1, 2)
+    for name in ("x_embedder.proj", "x_embedder.proj1", "x_embedder.proj2"):
+        v = linear(name, v) if name + ".weight" in state else v
+    N, T, D = v.shape
+    side, h = math.isqrt(T), D // heads
+    turn = torch.eye(h).double().repeat(T, 1, 1)                  # a rotation matrix for each token
+    for n in range(T):
+        row, column = divmod(n, side)
+        for i in range(D // 4):
+            w = 10000 ** (-i / (D / 4))
+            for k, a in enumerate((column, column + math.pi / 2 / w, row, row + math.pi / 2 / w)):
+                v[:, n, k * D // 4 + i] += math.sin(a * w)
+        for i in range(h // 4):
+            for k, position in enumerate((row, column)):
+                a, j = position * 10000 ** (-2 * i / (h / 2)), k * h // 2 + 2 * i
+                c, s = math.cos(a), math.sin(a)
+                turn[n, j:j + 2, j:j + 2] = torch.tensor([[c, -s], [s, c]])
+
+    depth = sum(key.endswith("attn.qkv.weight") for key in state)
+    for i in range(depth):
+        b = f"blocks.{i}."
+        if i == start:
+            v = torch.cat([label[:, None] + state["in_context_posemb"], v], 1)
+            turn = torch.cat([torch.eye(h).double().repeat(v.shape[1] - T, 1, 1), turn])
+        m = linear(b + "adaLN_modulation.1", condition).chunk(6, 1)
+        u = linear(b + "attn.qkv", modulated(b + "norm1", v, m[0], m[1]))
+        q, k, u = u.view(N, -1, 3, heads, h).unbind(2)
+        if b + "attn.q_norm.weight" in state:
+            q, k = rms(q) * state[b + "attn.q_norm.weight"], rms(k) * state[b + "attn.k_norm.weight"]
+        q, k = (torch.einsum("tij,nthj->nthi", turn, a) for a in (q, k))
+        weights = torch.einsum("nthi,nshi->nhts", q, k).div(math.sqrt(h)).softmax(-1)
+        u = torch.einsum("nhts,nshi->nthi", weights, u).flatten(2)
+        v = v + m[2][:, None] * linear(b + "attn.proj", u)
+        gate, u = linear(b + "mlp.w12", modulated(b + "norm2", v, m[3], m[4])).chunk(2, -1)
+        v = v + m[5][:, None] * linear(b + "mlp.w3", silu(gate) * u)
+    shift, scale = linear("final_layer.adaLN_modulation.1", condition).chunk(2, 1)
+    v = linear("final_layer.linear", modulated("final_layer.norm_final", v[:, -T:], shift, scale))
+    out = torch.zeros_like(x)
+    for n in range(T):
+        r, c = (p * a for a in divmod(n, side))
+        out[:, :, r:r + p, c:c + p] = v[:, n].view(N, p, p, -1).permute(0, 3, 1, 2)
+    return out
+
+
+@torch.no_grad()
+def test_jit_gives_the_published_outputs():
+    """Eight values and the norm, recorded from the official JiT with the same weights and inputs."""
+    net = fill(model.JiT(**TINY_JIT))
+    out = net(*inputs(net))
+    assert out.double().norm().item() == pytest.approx(103.878723639, rel=2e-6)
+    assert error(out.flatten()[::1152], torch.tensor([
+        1.1088155, 0.3588501, 0.2639662, 0.8095108, 0.1001933, -0.7362202, -0.3031009, 0.5599152])) < 5e-6
+
+
+@torch.no_grad()
+def test_dit_gives_the_published_outputs():
+    """Eight values and the norm, recorded from the official LightningDiT with the same weights and inputs."""
+    net = fill(model.DiT(**TINY_DIT))
+    out = net(*inputs(net))
+    assert out.double().norm().item() == pytest.approx(27.796994863, rel=2e-6)
+    assert error(out.flatten()[::96], torch.tensor([
+        0.6621699, -0.5919473, -1.8791257, 0.8669273, 0.6637198, 0.1345732, -0.2202371, 0.3395236])) < 5e-6
+
+
+@torch.no_grad()
+def test_vavae_gives_the_recorded_outputs():
+    """Recorded from this network on the day it agreed with the published VA-VAE to 2e-6 on other inputs."""
+    net = fill(model.Autoencoder())
+    assert len(net.state_dict()) == 342
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(69.8e6, rel=1e-3)
+    mean, logvar = net.encode(normal("image", 1, 3, 32, 32).clamp(-1, 1))
+    decoded = net.decode(normal("latent", 1, 32, 2, 2))
+    for ours, step, theirs in (
+            (mean, 21, [-1.0745137, 0.0772690, 0.1852882, 0.0853687, 0.1466803, 0.8969275, -0.2936863]),
+            (logvar, 21, [0.5578808, -0.1124427, 0.0686487, 0.2051294, 0.5207110, -0.7133107, 0.2566133]),
+            (decoded, 512, [0.0819790, 0.0125354, 0.0633307, 0.3859310, 0.0738646, -0.3686411])):
+        assert error(ours.flatten()[::step], torch.tensor(theirs)) < 5e-6
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"context_tokens": 0}, {"patch_size": 4, "context_start": 5}, {"in_channels": 1, "context_start": 0}])
+@torch.no_grad()
+def test_jit_agrees_with_plain_formulas(change):
+    """Class tokens at the first, a middle or the last block, or none, other patches, other channels."""
+    config = TINY_JIT | change
+    net = fill(model.JiT(**config))
+    assert ("in_context_posemb" in net.state_dict()) == (config["context_tokens"] > 0)
+    start = config["context_start"] if config["context_tokens"] else None
+    args = inputs(net)
+    assert error(net(*args), plain_network(net.state_dict(), *args, 4, config["patch_size"], start)) < 2e-6
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@torch.no_grad()
+def test_dit_agrees_with_plain_formulas(patch_size, qk_norm):
+    """With and without normalised queries and keys, for both patch sizes."""
+    net = fill(model.DiT(**TINY_DIT | dict(patch_size=patch_size, qk_norm=qk_norm)))
+    assert ("blocks.0.attn.q_norm.weight" in net.state_dict()) == qk_norm
+    args = inputs(net)
+    assert error(net(*args), plain_network(net.state_dict(), *args, 4, patch_size)) < 2e-6
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_have_the_published_params_and_gflops(name):
+    """The papers' tables: millions of parameters, billions of multiply-adds for one image."""
+    size, params, gflops = PUBLISHED[name]
+    with torch.device("meta"):
+        net = model.build(name, size, num_classes=1000)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == params
+    assert round(model.gmacs(net)) == gflops
+
+
+def test_state_dicts_have_the_published_keys():
+    """Their number, and one key and shape of every kind (the lists come from the published files)."""
+    with torch.device("meta"):
+        jit = {k: tuple(v.shape) for k, v in model.build("JiT-B/16", 256, 1000).state_dict().items()}
+        dit = {k: tuple(v.shape) for k, v in model.build("LightningDiT-XL/1", 16, 1000).state_dict().items()}
+    expected = {
+        "pos_embed": (1, 256, 768), "in_context_posemb": (1, 32, 768), "t_embedder.mlp.0.weight": (768, 256),
+        "t_embedder.mlp.2.bias": (768,), "y_embedder.embedding_table.weight": (1001, 768),
+        "x_embedder.proj1.weight": (128, 3, 16, 16), "x_embedder.proj2.weight": (768, 128, 1, 1),
+        "blocks.11.attn.q_norm.weight": (64,), "blocks.11.attn.qkv.weight": (2304, 768),
+        "blocks.11.mlp.w12.weight": (4096, 768), "blocks.11.mlp.w3.weight": (768, 2048),
+        "blocks.11.adaLN_modulation.1.weight": (4608, 768), "final_layer.norm_final.weight": (768,),
+        "final_layer.linear.weight": (768, 768), "final_layer.adaLN_modulation.1.bias": (1536,)}
+    assert len(jit) == 183 and expected.items() <= jit.items()
+    assert len(dit) == 351 and not any("q_norm" in key for key in dit)
+    assert {"x_embedder.proj.weight": (1152, 32, 1, 1), "feat_rope.freqs_cos": (256, 72),
+            "blocks.27.mlp.w12.weight": (6144, 1152)}.items() <= dit.items()
+
+
+@torch.no_grad()
+def test_rope_tables_of_a_file_are_checked_but_not_used():
+    """Wrong numbers change nothing, a wrong shape or a missing table is an error, the caller's dict stays."""
+    net = fill(model.DiT(**TINY_DIT))
+    out, state = net(*inputs(net)), net.state_dict()
+    wrong = state | {"feat_rope.freqs_cos": torch.full((64, 16), 7.0)}
+    net.load_state_dict(wrong)
+    assert torch.equal(net(*inputs(net)), out) and (wrong["feat_rope.freqs_cos"] == 7).all()
+    with pytest.raises(RuntimeError, match="freqs_sin"):
+        net.load_state_dict(state | {"feat_rope.freqs_sin": torch.zeros(49, 16)})
+    with pytest.raises(RuntimeError, match="freqs_sin"):
+        net.load_state_dict({k: v for k, v in state.items() if k != "feat_rope.freqs_sin"})
+
+
+def test_rope_turns_by_relative_position_and_leaves_class_tokens():
+    """q.k of one vector pair at all positions: equal offsets give equal logits, other offsets others."""
+    side, prefix = 4, 2
+    rope = model.RoPE(side, head_dim=16, prefix=prefix)(prefix + side ** 2)
+    q, k = (normal(name, 16).expand(1, prefix + side ** 2, 1, 16) for name in "qk")
+    turned = [model.rotate(a, rope)[0, :, 0] for a in (q, k)]
+    assert torch.equal(turned[0][:prefix], q[0, :prefix, 0])
+    logits = turned[0][prefix:] @ turned[1][prefix:].T
+    by_offset = {}
+    for i in range(side ** 2):
+        for j in range(side ** 2):
+            offset = i // side - j // side, i % side - j % side
+            by_offset.setdefault(offset, []).append(logits[i, j].item())
+    assert all(max(group) - min(group) < 1e-5 for group in by_offset.values())
+    means = sorted(sum(group) / len(group) for group in by_offset.values())
+    assert min(b - a for a, b in zip(means, means[1:])) > 1e-4 and len(means) == (2 * side - 1) ** 2
+
+
+@torch.no_grad()
+def test_dropout_acts_in_the_middle_half_and_in_training_only():
+    """Each block twice on one input; in the MLP dropout sits before w3, in attention after proj."""
+    net = fill(model.JiT(**TINY_JIT | dict(depth=10, dropout=0.5))).train()
+    x, condition, rope = normal("tokens", 2, 16, 64), normal("condition", 2, 64), net.rope(16)
+    random = [not torch.equal(block(x, condition, rope), block(x, condition, rope)) for block in net.blocks]
+    assert random == [2 <= i < 6 for i in range(10)]
+    assert 0.4 < (net.blocks[2].attn(x, rope) == 0).float().mean() < 0.6
+    assert (net.blocks[2].mlp(x) == 0).float().mean() < 0.1
+    net.eval()
+    undropped = fill(model.JiT(**TINY_JIT | dict(depth=10)))
+    assert torch.equal(net(*inputs(net)), undropped(*inputs(net)))
+
+
+def test_networks_start_at_zero_with_the_stated_spread():
+    """adaLN-zero: the output is 0 and blocks are the identity; Xavier elsewhere, 0.02 in the embeddings."""
+    torch.manual_seed(0)
+    jit, dit = model.JiT(**TINY_JIT), model.DiT(**TINY_DIT)
+    for net in (jit, dit):
+        assert not net(*inputs(net)).any()
+        x = normal("tokens", 1, 4, 64)
+        rope = [table[:4] for table in (net.rope if net is jit else net.feat_rope)(16)]
+        assert torch.equal(net.blocks[0](x, normal("c", 1, 64), rope), x)
+        assert all(not p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+        for weight in (net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight,
+                       net.y_embedder.embedding_table.weight):
+            assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert jit.in_context_posemb.std().item() == pytest.approx(0.02, rel=0.2)
+    for weight in (jit.blocks[0].attn.qkv.weight, jit.blocks[0].mlp.w3.weight, jit.x_embedder.proj1.weight,
+                   jit.x_embedder.proj2.weight, dit.x_embedder.proj.weight):
+        fan_in, fan_out = weight[0].numel(), weight.shape[0]
+        assert weight.abs().max().item() == pytest.approx(math.sqrt(6 / (fan_in + fan_out)), rel=0.05)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("network, config", [(model.JiT, TINY_JIT), (model.DiT, TINY_DIT)])
+@torch.no_grad()
+def test_bf16_autocast_keeps_norms_time_and_stream_in_float32(network, config):
+    """Close to float32; time embedding and norms lose no digit, the stream stays float32."""
+    net, times, streams = fill(network(**config)), [], []
+    net.t_embedder.register_forward_hook(lambda module, args, out: times.append(out))
+    for block in net.blocks:
+        block.register_forward_hook(lambda module, args, out: streams.append(out.dtype))
+    exact = net(*inputs(net))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = net(*inputs(net))
+        norm, (x, shift, scale) = net.blocks[0].norm1, normal("x", 3, 5, 64).bfloat16()
+        normed, modulated = norm(x), norm(x, shift, scale)
+    assert 1e-4 < error(rough, exact) < 2e-2
+    assert torch.equal(times[0], times[1]) and set(streams) == {torch.float32}
+    x, shift, scale = x.double(), shift.double(), scale.double()
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    assert error(normed, x) < 1e-6 and error(modulated, x * (1 + scale) + shift) < 1e-6
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("error:.*complex.*")
+def test_blocks_compiled_in_place_agree_with_eager():
+    """Output and gradients; the keys of the state dict stay."""
+    config = TINY_JIT | dict(depth=1, context_start=0)
+    eager, compiled = fill(model.JiT(**config)), fill(model.JiT(**config))
+    for block in compiled.blocks:
+        block.compile()
+    out = [net(*inputs(net)) for net in (eager, compiled)]
+    for o in out:
+        o.square().mean().backward()
+    assert error(out[1], out[0]) < 2e-6 and eager.state_dict().keys() == compiled.state_dict().keys()
+    for a, b in zip(compiled.parameters(), eager.parameters()):
+        assert error(a.grad, b.grad) < 2e-5
+
+
+@torch.no_grad()
+def test_autoencoder_clamps_logvar_and_takes_any_multiple_of_16():
+    """logvar within [-30, 20], the mean unclamped; 48 x 64 pixels are 3 x 4 latents and back."""
+    net = fill(model.Autoencoder(widths=(32,) * 5, latent=4))
+    for value, bound in ((100.0, 20.0), (-100.0, -30.0)):
+        net.quant_conv.bias.fill_(value)
+        mean, logvar = net.encode(normal("image", 1, 3, 48, 64))
+        assert mean.shape == logvar.shape == (1, 4, 3, 4)
+        assert (logvar == bound).all() and (mean.abs() > 50).all()
+    assert net.decode(mean).shape == (1, 3, 48, 64)
+
+
+def test_wrong_sizes_and_names_are_refused_in_one_line():
+    """The message names the values and a remedy."""
+    with pytest.raises(ValueError, match="^image_size 250 is not a multiple of patch_size 16: try 256$"):
+        model.build("JiT-B/16", image_size=250, num_classes=10)
+    with pytest.raises(ValueError, match="JiT-X/16.*JiT-B/16.*LightningDiT-XL/1"):
+        model.build("JiT-X/16", image_size=256, num_classes=10)
 # ---------------------------------------------------------------------------------------------------------------
 # objective.py
 
@@ -215,7 +532,7 @@ def test_shapes_are_anti_aliased():
     """A disc covers pi r^2 to better than a third of a pixel: whole pixels would miss by several."""
     shapes = Shapes(80, 32)
     for i in range(0, 80, 8):
-        radius = 0.9 * (0.24 + 0.1 * shapes.factors[i][2]) * 32
+        radius = 0.9 * (0.27 + 0.09 * shapes.factors[i][2]) * 32
         image = shapes[i][0].double() / 255
         covered = ((image - 0.06) / (image.amax((1, 2), keepdim=True) - 0.06)).amax(0).sum()
         assert abs(covered - math.pi * radius ** 2) < 0.02 * math.pi * radius ** 2
@@ -261,7 +578,7 @@ def test_crop_is_adms():
     half = pixels.reshape(80, 2, 104, 2, 3).mean((1, 3))
     resized = np.asarray(Image.fromarray(np.floor(half + 0.5).astype(np.uint8)).resize((83, 64), Image.BICUBIC), int)
     ours = np.asarray(crop(Image.fromarray(pixels), 64), int)
-    assert ours.shape == (64, 64, 3) and abs(ours - resized[:, 9:73]).max() <= 1
+    assert ours.shape == (64, 64, 3) and abs(ours - resized[:, 9:73]).max() <= 2
     small = crop(Image.fromarray(pixels[:20, :30]), 64)                          # enlarged where it is too small
     assert small.size == (64, 64)
 
@@ -407,7 +724,7 @@ def tiny(target="x", **kw):
 
 def test_samples_follow_their_index_alone():
     """Batch size and the images beside it change no pixel by more than one level; the seed changes them all."""
-    kdiff, how = tiny(), dict(cfg=2.0, interval=(0.1, 1.0), steps=8)
+    kdiff, how = tiny("v"), dict(cfg=2.0, interval=(0.1, 1.0), steps=8)
     together = generate(kdiff, Codec(), [0, 1, 2, 3, 0], [0, 1, 2, 3, 4], **how).int()
     alone = torch.cat([generate(kdiff, Codec(), [i % 4], [i], **how) for i in range(5)]).int()
     assert (together - alone).abs().max() <= 1
@@ -473,8 +790,8 @@ def test_two_processes_and_micro_batches_equal_one_process(tmp_path):
     command(*TINY, "--steps", 3, "--out", tmp_path / "one")
     command(*TINY, "--steps", 3, "--micro_batch", 2, "--out", tmp_path / "two", processes=2)
     one, two = (read_tensors(tmp_path / name / "ckpt.pt") for name in ("one", "two"))
-    for key, value in one["ema"]["0.98"].items():
-        torch.testing.assert_close(two["ema"]["0.98"][key], value, atol=2e-5, rtol=1e-3)
+    for key, value in one["ema"]["0.95"].items():
+        torch.testing.assert_close(two["ema"]["0.95"][key], value, atol=2e-5, rtol=1e-3)
     logs = [read_log(tmp_path / name, "loss")[1] for name in ("one", "two")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4) and one["model"]["w"] != 0
 
@@ -488,7 +805,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
     whole, halves = (read_tensors(tmp_path / name / "ckpt.pt") for name in ("whole", "halves"))
     for part in ("model", "optimizer", "ema"):
         a, b = (torch.utils._pytree.tree_flatten(file[part])[0] for file in (whole, halves))
-        assert len(a) == len(b) and all(torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for p, q in zip(a, b))
+        assert len(a) == len(b) and all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in zip(a, b))
     assert read_log(tmp_path / "whole", "loss") == read_log(tmp_path / "halves", "loss")
     assert "finished" in command(*TINY, "--steps", 4, "--out", tmp_path / "halves")
     said = command(*TINY, "--steps", 4, "--out", tmp_path / "halves", "--target", "v", fails=True)
@@ -501,9 +818,323 @@ def test_short_demo_raises_k_and_writes_its_files(tmp_path):
                    "--out", tmp_path)
     assert read_log(tmp_path, "k")[1][-1] > 0.6 and "samples.png" in said
     assert Image.open(tmp_path / "samples.png").size > (96, 8 * 96) and (tmp_path / "curves.png").exists()
-    command("sample.py", tmp_path / "ckpt.pt", "--classes", "star,3", "--n", 4, "--steps", 2, "--out", tmp_path / "s.npz",
+    command("sample.py", tmp_path / "ckpt.pt", "--classes", "star,3", "--samples", 4, "--steps", 2, "--out",
+            tmp_path / "s.npz",
             processes=2)
     with np.load(tmp_path / "s.npz") as file:
         assert file["arr_0"].shape == (4, 32, 32, 3) and file["arr_0"].dtype == np.uint8
         assert file["arr_1"].tolist() == [5, 3, 5, 3] and json.loads(str(file["settings"]))["steps"] == 2
     assert "star9" in command("sample.py", tmp_path / "ckpt.pt", "--classes", "star9", fails=True)
+
+
+def test_latents_of_a_folder_are_encoded_trained_on_resumed_and_sampled(photos, tmp_path):
+    """encode by two processes: posterior samples with their statistics; a folder without meta.json is refused."""
+    torch.manual_seed(0)
+    tokenizer, out = VAVAE(), tmp_path / "latents"
+    torch.save({"state_dict": tokenizer.state_dict() | {"loss.logvar": torch.zeros(())}}, tmp_path / "vavae.pt")
+    command("data.py", "encode", photos, "--tokenizer", tmp_path / "vavae.pt", "--image_size", 32, "--out", out, processes=2)
+    data, images = open_dataset(out, None), ImageFolder(photos, 32)
+    batch = torch.stack([images[i][0] for i in range(8)]).float() / 127.5 - 1
+    for flip, batch in ((False, batch), (True, batch.flip(-1))):
+        mean, logvar = tokenizer.moments(batch)
+        noise = (torch.stack([data.item(i, flip)[0] for i in range(8)]).float() - mean) / torch.exp(logvar / 2)
+        assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.15
+    both = torch.cat([torch.from_numpy(np.load(out / f"{name}.npy")).double() for name in ("latents", "latents_flip")])
+    torch.testing.assert_close(data.mean.double(), both.mean((0, 2, 3), keepdim=True), atol=1e-3, rtol=0)
+    torch.testing.assert_close(data.std.double(), both.std((0, 2, 3), keepdim=True, correction=0), atol=1e-3, rtol=0)
+    assert [data[i][1] for i in range(8)] == [images[i][1] for i in range(8)] and data.classes == images.classes
+    words = ("train.py", "--space", "latent", "--data", out, "--image_size", 32, "--model", "LightningDiT-demo/1",
+             "--batch_size", 4, "--samples", 0, "--out", tmp_path / "run")
+    command(*words, "--steps", 2)
+    assert "resuming" in command(*words, "--steps", 3)
+    command("sample.py", tmp_path / "run" / "ckpt.pt", "--n", 3, "--steps", 2, "--tokenizer", tmp_path / "vavae.pt",
+            "--out", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size[1] > 3 * 96
+    assert "--tokenizer" in command("sample.py", tmp_path / "run" / "ckpt.pt", fails=True)
+    (out / "meta.json").unlink()
+    with pytest.raises(UserError, match="meta.json"):
+        open_dataset(out, None)
+# ---------------------------------------------------------------------------------------------------------------
+# Faults: interruptions, numbers that are not finite, files that are not what they say
+
+def step_for(monkeypatch, *flags):
+    """A Step of the demo as train.py makes it, and a function that takes its n-th step in this process."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--batch_size", "8", *flags])
+    args, cpu = train.parse(), torch.device("cpu")
+    data, codec, config, _ = train.prepare(args, cpu)
+    torch.manual_seed(0)
+    it = train.Step(assemble(config).train(), codec, args, cpu)
+
+    def take(n, spoil=lambda batch: batch):
+        items = [data[8 * n + i] for i in range(8)]
+        batch, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+        it(spoil(batch), labels, list(range(8 * n, 8 * n + 8)), 1.0)
+        return it.read()
+    return it, take
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_step_that_is_not_finite_changes_nothing(monkeypatch, value):
+    """Neither weights nor optimizer nor averages; it is counted; the next step goes on as if it had not been."""
+    it, take = step_for(monkeypatch, "--clip", "1")
+    take(0)
+    state = lambda: [t.clone() for t in (*it.parameters, *(t for s in it.optimizer.state.values() for t in s.values()),
+                                         *(t for average in it.ema.averages.values() for t in average))]
+    before = state()
+    loss, _, skipped, row = take(1, lambda batch: batch.float().index_fill(0, torch.tensor([3]), value))
+    assert all(torch.equal(a, b) for a, b in zip(before, state())) and (loss, skipped, row) == (0.0, 1, 1)
+    loss, _, skipped, row = take(1)
+    assert math.isfinite(loss) and (skipped, row) == (1, 1) and not all(torch.equal(a, b) for a, b in zip(before, it.parameters))
+
+
+def test_process_with_a_bad_loss_stops_the_step_on_all(tmp_path):
+    """Two processes, one of which sees an infinite pixel: neither moves, and they stay equal."""
+    (tmp_path / "bad.py").write_text(f"""if True:
+        import sys, torch
+        sys.path.insert(0, {str(HERE)!r})
+        sys.argv = ["train.py", "--batch_size", "4"]
+        import train
+        from data import setup
+        from sample import assemble
+        device, rank, world = setup("cpu")
+        args = train.parse()
+        data, codec, config, _ = train.prepare(args, device)
+        it = train.Step(assemble(config).train(), codec, args, device)
+        for step in range(3):
+            batch = torch.stack([data[rank * 2 + i][0] for i in range(2)]).float() / 127.5 - 1
+            before = [p.clone() for p in it.parameters]
+            it(batch + (torch.inf if step == 1 and rank == 1 else 0), torch.tensor([0, 1]), [step, 9 + rank], 1.0)
+            moved = not all(torch.equal(a, b) for a, b in zip(before, it.parameters))
+            print(f"rank {{rank}} step {{step}} moved {{moved}} sum {{sum(p.double().sum().item() for p in it.parameters):.12f}}")
+        """)
+    said = [line.split() for line in command(tmp_path / "bad.py", processes=2).splitlines() if line.startswith("rank")]
+    moved = {(int(words[1]), int(words[3])): (words[5], words[7]) for words in said}
+    assert [moved[rank, step][0] for rank in (0, 1) for step in range(3)] == ["True", "False", "True"] * 2
+    assert moved[0, 2][1] == moved[1, 2][1]
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(tmp_path):
+    """A rate that throws the weights to 1e30: one line says what to try, and no checkpoint holds a NaN."""
+    said = command(*TINY, "--steps", 30, "--lr", "1e30", "--save_every", 1, "--out", tmp_path, fails=True)
+    assert "10 steps in a row" in said and "--lr" in said and "Traceback" not in said
+    file = read_tensors(tmp_path / "ckpt.pt")
+    assert all(t.isfinite().all() for weights in (file["model"], *file["ema"].values()) for t in weights.values())
+
+
+def test_bfloat16_checkpointing_and_clipping_follow_float32(monkeypatch):
+    """Thirty steps of the demo: bfloat16 autocast within noise of float32, recomputed activations equal to it."""
+    curves = {}
+    for name, flags in (("float32", ()), ("bfloat16", ("--dtype", "bfloat16")), ("recomputed", ("--activation_checkpointing",))):
+        it, take = step_for(monkeypatch, *flags)
+        curves[name] = [take(n)[0] for n in range(30)]
+        assert all(p.dtype == torch.float32 for p in it.parameters)
+    assert curves["recomputed"] == pytest.approx(curves["float32"], rel=1e-5)
+    assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=0.05) and curves["bfloat16"] != curves["float32"]
+
+
+def start(*words, processes=None, wait_for="step 3/", **kw):
+    """Start a script in the background; return it once it has printed wait_for."""
+    launch = [sys.executable] if processes is None else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    process = subprocess.Popen([*launch, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kw)
+    for line in process.stdout:
+        if wait_for in line:
+            return process
+    raise AssertionError("it ended before it printed " + wait_for)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_sigterm_saves_the_step_and_the_same_command_continues(tmp_path, processes):
+    """Also under torchrun, also when the signal comes twice: the last line says where, the log goes on from there."""
+    process = start(*TINY, "--steps", 500, "--out", tmp_path, processes=processes)
+    process.send_signal(signal.SIGTERM)
+    if processes is None:
+        process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and "the same command continues" in said
+    step = read_tensors(tmp_path / "ckpt.pt")["step"]
+    assert f"after step {step}" in said and read_log(tmp_path, "step")[0] == list(range(1, step + 1))
+    assert f"at step {step}" in command(*TINY, "--steps", step + 1, "--out", tmp_path)
+    assert read_log(tmp_path, "step")[0] == list(range(1, step + 2))
+
+
+def kill_and_check(folder, rounds, rng):
+    """kill -9 a run that saves after every step, at random moments; its checkpoint loads each time and only grows."""
+    steps = [0]
+    for _ in range(rounds):
+        process = start(*TINY, "--steps", 100000, "--save_every", 1, "--keep", 1, "--out", folder, wait_for="step ")
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        process.communicate()
+        steps.append(read_tensors(folder / "ckpt.pt")["step"])
+        assert steps[-1] > steps[-2]
+    return steps
+
+
+def test_kill_at_a_random_moment_leaves_a_loadable_checkpoint(tmp_path):
+    """Twice here; ENDURANCE=1 does it fifty times."""
+    kill_and_check(tmp_path, 50 if os.environ.get("ENDURANCE") else 2, random.Random(0))
+
+
+def test_full_disk_while_saving_leaves_the_previous_checkpoint(tmp_path):
+    """A limit on the size of files stands for the disk: one line, exit status 2, no temporary file left."""
+    command(*TINY, "--steps", 1, "--out", tmp_path)
+    done = subprocess.run([sys.executable, *map(str, TINY), "--steps", "3", "--out", tmp_path], capture_output=True, text=True,
+                          cwd=HERE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20)))
+    assert done.returncode == 2 and "ckpt.pt could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert read_tensors(tmp_path / "ckpt.pt")["step"] == 1 and not list(tmp_path.glob("*.tmp*"))
+
+
+class Payload:
+    """Unpickled, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_hostile_files_are_refused_without_running_them(tmp_path):
+    """Pickle payloads in checkpoints, .npy and .npz; the error names the file."""
+    marker = tmp_path / "marker"
+    torch.save({"config": {}, "data": Payload(marker)}, tmp_path / "a.pt")
+    np.save(tmp_path / "b.npy", np.array([Payload(marker)], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "c.npz", arr_0=np.array([Payload(marker)], dtype=object))
+    for path, opener in (("a.pt", load), ("b.npy", lambda path: open_dataset(path, 32)),
+                         ("c.npz", lambda path: fid.open_source(str(path), "pixels"))):
+        with pytest.raises(UserError, match=path):
+            opener(tmp_path / path)
+    assert not marker.exists()
+
+
+def test_bad_images_are_named(tmp_path):
+    """Truncated, empty, renamed text, vanished, a decompression bomb, a link in a circle, an empty class folder."""
+    good = tmp_path / "good.png"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), dtype=np.uint8)).save(good)
+    (tmp_path / "cut.png").write_bytes(good.read_bytes()[:900])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("hello")
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
+    for name in ("cut.png", "empty.jpg", "text.jpg", "bomb.png", "gone.png"):
+        with pytest.raises(UserError, match=name):
+            read_image(tmp_path / name)
+    (tmp_path / "class").mkdir()
+    with pytest.raises(UserError, match="class.*without images"):
+        ImageFolder(tmp_path, 32)
+    (tmp_path / "class" / "loop").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="loop.*circle"):
+        ImageFolder(tmp_path, 32)
+    with pytest.raises(UserError, match="nowhere"):
+        open_dataset(tmp_path / "nowhere", 32)
+
+
+def test_bad_image_ends_all_processes_with_one_line(tmp_path):
+    """Met by a loader's worker of one of two processes, in a dataset smaller than the batch."""
+    for i in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+    words = ("train.py", "--data", tmp_path, "--image_size", 16, "--model", "JiT-demo/8", "--batch_size", 4, "--steps", 3,
+             "--out", tmp_path / "out", "--workers", 1, "--samples", 0)
+    command(*words)
+    (tmp_path / "2.png").write_bytes(b"no image")
+    began = time.time()
+    said = command(*words[:-6], "--out", tmp_path / "other", "--workers", 1, "--samples", 0, processes=2, fails=True)
+    assert "error: " in said and "2.png: not a readable image" in said and time.time() - began < 60
+    assert not re.search(r"File .*(train|data).py", said)                        # torchrun's own report has a traceback
+
+
+BAD = [
+    (("train.py", "--batch_size", "0"), "--batch_size 0"),
+    (("train.py", "--model", "JiT-X/16"), "JiT-X/16"),
+    (("train.py", "--image_size", "30"), "30"),
+    (("train.py", "--data", "nowhere"), "nowhere"),
+    (("train.py", "--data", ".", "--image_size", "64"), "--model"),
+    (("train.py", "--target", "y"), "target"),
+    (("train.py", "--target", "two", "--loss", "u"), "two"),
+    (("train.py", "--micro_batch", "7"), "--micro_batch 7"),
+    (("train.py", "--steps", "x"), "--steps"),
+    (("train.py", "--init", "nowhere.pt", "--out", "OUT"), "nowhere.pt"),
+    (("sample.py", "nowhere.pt"), "nowhere.pt"),
+    (("fid.py", "nowhere", "nowhere"), "nowhere"),
+    (("data.py", "pack", "nowhere", "--out", "OUT/x.npy"), "nowhere"),
+    (("data.py", "encode", ".", "--out", "OUT", "--tokenizer", "nowhere.pt"), "nowhere.pt"),
+]
+
+
+@pytest.mark.parametrize("words, named", BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capsys, words, named):
+    """The line names the flag or file; nothing is written."""
+    monkeypatch.setattr(sys, "argv", [word.replace("OUT", str(tmp_path / "out")) for word in words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        run(importlib.import_module(words[0][:-3]).main)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and named in said and said.count("\n") == 1 and said.startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_batch_that_does_not_divide_over_processes_is_told_once():
+    """Under torchrun: one line from the first process, then torchrun's own report."""
+    said = command("train.py", "--batch_size", 65, processes=2, fails=True)
+    assert said.count("--batch_size 65 does not divide over 2 processes: try 64") == 1
+    assert not re.search(r"File .*(train|data).py", said)
+
+
+def corrupted(content, rng):
+    """A copy that is cut short, has bytes overwritten, or a stretch removed or doubled."""
+    content, at = bytearray(content), rng.randrange(len(content))
+    kind, stretch = rng.randrange(4), rng.randint(1, 64)
+    if kind == 0:
+        return bytes(content[:at])
+    if kind == 1:
+        content[at:at + stretch] = rng.randbytes(min(stretch, len(content) - at))
+    elif kind == 2:
+        del content[at:at + stretch]
+    else:
+        content[at:at] = content[at:at + stretch]
+    return bytes(content)
+
+
+def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
+    """Images, checkpoints, packed arrays, npz, latents: UserError, or read as what they still are; ENDURANCE=1: 200."""
+    rng, picture = random.Random(1), Image.fromarray(np.random.RandomState(0).randint(0, 256, (24, 24, 3), dtype=np.uint8))
+    for name in ("a.png", "a.jpg", "a.webp", "a.bmp"):
+        picture.save(tmp_path / name)
+    net = model.build("JiT-demo/8", 32, 8).half()
+    torch.save({f"net.{k}": v for k, v in net.state_dict().items()}, tmp_path / "a.pt")
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), settings=np.array('{"cfg": 2}'))
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(768), sigma=np.eye(768))
+    latents = np.zeros((3, 2, 2, 2), "<f4")
+    header = json.dumps({name: {"dtype": "F32", "shape": [3, 2, 2, 2], "data_offsets": [96 * i, 96 * i + 96]} for i, name
+                         in enumerate(("latents", "latents_flip"))} | {
+                             "labels": {"dtype": "I64", "shape": [3], "data_offsets": [192, 216]}}).encode()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + latents.tobytes() * 2 + bytes(24))
+    torch.save({"mean": torch.zeros(2), "std": torch.ones(2)}, shards / "latents_stats.pt")
+    np.save(tmp_path / "a.npy", np.zeros(3, [("image", "u1", (3, 8, 8)), ("label", "<i8")]))
+
+    def read_npz(path):
+        source = fid.open_source(str(path), "pixels")
+        return [source.read(0, source.n, 2)] and list(source.read(0, source.n, 2)) if hasattr(source, "read") else source
+
+    def read_all(data):
+        return [data[i] for i in range(len(data))]
+    openers = {"a.png": read_image, "a.jpg": read_image, "a.webp": read_image, "a.bmp": read_image, "a.pt": load,
+               "a.npz": read_npz, "ref.npz": read_npz, "a.npy": lambda path: read_all(open_dataset(path, 8)),
+               "shards/a.safetensors": lambda path: read_all(Latents(path.parent)),
+               "shards/latents_stats.pt": lambda path: Latents(path.parent)}
+    whole = {name: (tmp_path / name).read_bytes() for name in openers}
+    refused = 0
+    for i in range(220 if os.environ.get("ENDURANCE") else 40):
+        name = list(openers)[i % len(openers)]
+        (tmp_path / name).write_bytes(corrupted(whole[name], rng))
+        try:
+            openers[name](tmp_path / name)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        (tmp_path / name).write_bytes(whole[name])
+        openers[name](tmp_path / name)
+    assert refused > i / 4

@@ -1,15 +1,14 @@
 """The training loop: one process or many, from a laptop's two minutes to Table 4 on ImageNet.
 
-    torchrun train.py --space pixel                                     the demo: built-in shapes, k finds x-prediction
-    torchrun train.py --space latent                                    the same in latents: k stays in between
+    torchrun train.py --space pixel                            the demo: built-in shapes, k finds x-prediction
+    torchrun train.py --space latent                           the same in latents: k stays in between
     torchrun --nproc_per_node=8 train.py --space pixel --data imagenet/train           Table 4
-    torchrun train.py --space pixel --data photos --dry_run             what that would do, without doing it
+    torchrun train.py --space pixel --data photos --dry_run    what that would do, without doing it
 
 The same command again resumes from its last checkpoint. Everything that is set below can be set by a flag.
 """
 import argparse
 import csv
-import math
 import os
 import signal
 import sys
@@ -22,16 +21,17 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fid
-from data import (VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes, UserError,
-                  duration, open_dataset, print0, read_tensors, run, seed_of, setup, write_atomically)
+from data import (VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes,
+                  UserError, duration, in_short, open_dataset, print0, read_tensors, run, seed_of, setup,
+                  write_atomically)
 from model import gmacs
-from sample import (assemble, autocast, draw_curves, draw_grid, draw_k_of_t, generate_split, pack_codec, read_log,
-                    read_weights, sample_all)
+from sample import (assemble, autocast, draw_curves, draw_grid, draw_k_of_t, generate_split, pack_codec,
+                    read_log, read_weights, sample_all)
 
 PRESETS = {  # Table 4      latent                 pixel
-    "model":               ("LightningDiT-XL/1",   "JiT-B/16"),          # JiT-B/32 at 512 px
+    "model":               ("LightningDiT-XL/1",   "JiT-B/16"),       # JiT-B/32 at 512 px
     "image_size":          (256,                   256),
-    "epochs":              (800,                   600),                 # ablations: 64 and 200
+    "epochs":              (800,                   600),              # ablations: 64 and 200
     "warmup_epochs":       (0,                     5),
     "batch_size":          (1024,                  1024),
     "lr":                  (2e-4,                  2e-4),
@@ -39,8 +39,8 @@ PRESETS = {  # Table 4      latent                 pixel
     "ema":                 ([.9999, .9998, .9996], [.9999, .9998, .9996]),
     "t_mean":              (0.0,                   -0.8),
     "t_std":               (1.0,                   0.8),
-    "noise_scale":         (1.0,                   None),                # image_size / 256
-    "tau":                 (None,                  0.05),                # 0 where Delta cannot vanish, else 0.05
+    "noise_scale":         (1.0,                   None),             # image_size / 256
+    "tau":                 (None,                  0.05),             # 0 where Delta cannot vanish, else 0.05
     "label_drop":          (0.1,                   0.1),
     "cfg":                 (1.5,                   2.9),
     "interval":            ([0.1, 1.0],            [0.1, 1.0]),
@@ -48,57 +48,68 @@ PRESETS = {  # Table 4      latent                 pixel
     "save_every":          (1000,                  1000),
     "sample_every":        (5000,                  5000),
 }
-DEMO = PRESETS | {  #       latent                 pixel                 A patch has 192 values, more than the network
-    "model":               ("LightningDiT-demo/1", "JiT-demo/8"),        # is wide: where only x fits through (JiT)
+DEMO = PRESETS | {  #       latent                 pixel            A patch has more values than the network
+    "model":               ("LightningDiT-demo/1", "JiT-demo/8"),   # is wide: where only x fits through (JiT)
     "image_size":          (32,                    32),
-    "steps":               (1800,                  1800),
-    "epochs":              (None,                  None),
+    "epochs":              (12,                    8),
     "warmup_epochs":       (0.1,                   0.1),
     "batch_size":          (64,                    64),
-    "lr":                  (2e-3,                  2e-3),
+    "lr":                  (4e-3,                  4e-3),
     "k_lr":                (10.0,                  10.0),
-    "ema":                 ([.995, .99, .98],      [.995, .99, .98]),
+    "ema":                 ([.99, .98, .95],       [.99, .98, .95]),
     "noise_scale":         (1.0,                   1.0),
     "cfg":                 (1.5,                   1.5),
     "log_every":           (20,                    20),
-    "save_every":          (600,                   600),
-    "sample_every":        (600,                   600),
+    "save_every":          (350,                   350),
+    "sample_every":        (350,                   350),
 }
-SHAPES = 16_384                       # images of the demo
-PCA = dict(factor=8, channels=32)     # the latent demo's tokenizer
+SHAPES = 6_400                        # images of the demo
+PCA = dict(factor=8, channels=16)     # the latent demo's tokenizer
 
 # What a run may change when it is resumed; any other difference is refused.
-HARMLESS = {"out", "steps", "epochs", "device", "dtype", "compile", "activation_checkpointing", "micro_batch", "workers",
-            "log_every", "save_every", "sample_every", "keep", "samples", "sample_steps", "cfg", "interval", "init",
-            "data", "tokenizer", "lr", "k_lr", "clip", "warmup_epochs", "ema_default", "bench", "dry_run", "fid_every",
-            "fid_ref", "fid_samples", "features", "weights"}
+HARMLESS = {"out", "steps", "epochs", "device", "dtype", "compile", "activation_checkpointing", "micro_batch",
+            "workers", "log_every", "save_every", "sample_every", "keep", "samples", "sample_steps", "cfg",
+            "interval", "init", "data", "tokenizer", "lr", "k_lr", "clip", "warmup_epochs", "ema_default",
+            "bench", "dry_run", "fid_every", "fid_ref", "fid_samples", "features", "weights"}
+
+
+def number(word):
+    """The number that a --target is, or None."""
+    try:
+        return float(word)
+    except ValueError:
+        return None
 
 
 def preset(space, demo, image_size=None, target="k"):
     """The defaults of one column, with what depends on the image's size and the target filled in."""
-    values = {name: row[("latent", "pixel").index(space)] for name, row in (DEMO if demo else PRESETS).items()}
+    column, table = ("latent", "pixel").index(space), DEMO if demo else PRESETS
+    values = {name: row[column] for name, row in table.items()}
     size = image_size or values["image_size"]
     if values["noise_scale"] is None:
         values["noise_scale"] = size / 256
     if space == "pixel" and not demo:
         values["model"] = {256: "JiT-B/16", 512: "JiT-B/32"}.get(size)
     if values["tau"] is None:
-        values["tau"] = 0.05 if target in ("x", "eps", "0", "1", "0.0", "1.0") else 0.0
+        values["tau"] = 0.05 if target in ("x", "eps") or number(target) in (0, 1) else 0.0
     return values
 
 
-def parse():
-    """The command line; --space, --data, --image_size and --target first, as they decide the other defaults."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def defaults():
+    """(preset, whether it is the demo's) for --space, --data, --image_size and --target, read first."""
+    first = Parser(None, add_help=False, allow_abbrev=False)
     for name, kind in (("--space", str), ("--data", str), ("--image_size", int), ("--target", str)):
         first.add_argument(name, type=kind, nargs="?")
     try:
         known = first.parse_known_args()[0]
-        space = known.space if known.space in ("pixel", "latent") else "pixel"
-        values = preset(space, known.data is None, known.image_size, known.target or "k")
-    except SystemExit:                                              # a value of the wrong kind: the parser below says so
-        space, values = "pixel", preset("pixel", True)
-    demo = known.data is None
+    except UserError:                                           # a value of the wrong kind: parse() says so
+        return preset("pixel", True), True
+    space = known.space if known.space in ("pixel", "latent") else "pixel"
+    return preset(space, known.data is None, known.image_size, known.target or "k"), known.data is None
+
+
+def make_parser(demo):
+    """The flags; most of their defaults are the preset's."""
     parser = Parser(__doc__, allow_abbrev=False)
     add, yes_no = parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
     add("--space", choices=("pixel", "latent"), default="pixel")
@@ -128,17 +139,26 @@ def parse():
     add("--noise_scale", type=float, help="standard deviation of the noise")
     add("--tau", type=float, help="least Delta in the division")
     add("--label_drop", type=float, help="probability of training without the label")
-    add = parser.add_argument_group("optimisation").add_argument
+    add_training_flags(parser)
+    return parser
+
+
+def add_training_flags(parser):
+    """How the network is trained, and what is shown and measured on the way."""
+    add, yes_no = parser.add_argument_group("optimisation").add_argument, argparse.BooleanOptionalAction
     add("--batch_size", type=int, help="images a step, over all processes")
-    add("--micro_batch", type=int, help="images at a time on a process (default: at most 128); gradients accumulate")
+    add("--micro_batch", type=int,
+        help="images at a time on a process (default: at most 128); gradients accumulate")
     add("--lr", type=float, help="learning rate, constant after the warmup")
     add("--k_lr", type=float, help="learning rate of w as a multiple of --lr; 1 is the paper's")
     add("--warmup_epochs", type=float, help="of linear warmup")
     add("--ema", type=float, nargs="+", help="decays of the averages of the weights")
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0: none")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 on GPUs that have it)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of autocast (default: bfloat16 on GPUs that have it)")
     add("--compile", action=yes_no, help="compile each block (default: on GPUs)")
-    add("--activation_checkpointing", action="store_true", help="recompute activations: less memory, more time")
+    add("--activation_checkpointing", action="store_true",
+        help="recompute activations: less memory, more time")
     add = parser.add_argument_group("logging").add_argument
     add("--log_every", type=int, help="steps")
     add("--save_every", type=int, help="steps between checkpoints")
@@ -151,8 +171,15 @@ def parse():
     add("--fid_every", type=int, default=0, help="steps between evaluations; 0: none")
     add("--fid_ref", help="reference statistics (python fid.py --make_ref)")
     add("--fid_samples", type=int, default=50_000, help="images an evaluation, over all processes")
-    add("--features", choices=list(fid.EXTRACTORS), default="inception", help="pixels: a distance without weights, no FID")
+    add("--features", choices=list(fid.EXTRACTORS), default="inception",
+        help="pixels: a distance without weights, no FID")
     add("--weights", help="Inception weights file (default: downloaded once)")
+
+
+def parse():
+    """The command line, over the preset that it chooses. UserError for values that cannot work."""
+    values, demo = defaults()
+    parser = make_parser(demo)
     parser.set_defaults(**values)
     args = parser.parse_args()
     for name in ("batch_size", "log_every", "save_every", "micro_batch", "image_size", "steps", "bench"):
@@ -160,17 +187,18 @@ def parse():
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
     if args.fid_every and not args.fid_ref:
         raise UserError("--fid_every needs --fid_ref: statistics made by `python fid.py --make_ref`")
-    if args.tau == 0 and args.target in ("eps", "0", "0.0"):
+    if args.tau == 0 and (args.target == "eps" or number(args.target) == 0):
         raise UserError(f"--tau 0 with --target {args.target} divides by zero at t = 0: try --tau 0.05")
     if not all(0 < decay < 1 for decay in args.ema):
         raise UserError(f"--ema {' '.join(map(str, args.ema))}: decays lie between 0 and 1")
     if args.model is None:
-        raise UserError(f"--image_size {args.image_size} has no network in Table 4: name one, such as --model JiT-B/16")
+        raise UserError(f"--image_size {args.image_size} has no network in Table 4: "
+                        "name one, such as --model JiT-B/16")
     args.out = Path(args.out or f"out/{args.space}" + (f"-{args.target}" if args.target != "k" else ""))
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
 
 def open_data(args):
@@ -188,19 +216,20 @@ def open_data(args):
         z = tokenizer.encode(images)
         return data, Codec(tokenizer, z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True))
     if isinstance(data, (ImageFolder, Packed)):
-        raise UserError(f"--data {args.data} holds images: run `python data.py encode {args.data} --tokenizer FILE "
-                        f"--image_size {args.image_size} --out latents` and pass --data latents")
+        raise UserError(f"--data {args.data} holds images: run `python data.py encode {args.data} "
+                        f"--tokenizer FILE --image_size {args.image_size} --out latents` "
+                        "and pass --data latents")
     C, h, w = data.shape
     if h != w or args.image_size != h * VAVAE.factor:
-        raise UserError(f"--data {args.data} holds latents of {h}x{w}: they fit --image_size {h * VAVAE.factor}, "
-                        f"not {args.image_size}")
+        raise UserError(f"--data {args.data} holds latents of {h}x{w}: "
+                        f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
     if args.tokenizer and C != VAVAE.channels:
         raise UserError(f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
     codec = Codec(VAVAE(args.tokenizer) if args.tokenizer else None, data.mean, data.std)
     some = codec.encode(torch.stack([data[i][0] for i in range(0, len(data), max(1, len(data) // 64))]))
     if not 0.5 < some.std().item() < 2:
-        raise UserError(f"--data {args.data}: normalised latents have std {some.std().item():.2f}, not about 1: "
-                        "the statistics belong to other latents")
+        raise UserError(f"--data {args.data}: normalised latents have std {some.std().item():.2f}, "
+                        "not about 1: the statistics belong to other latents")
     return data, codec
 
 
@@ -210,7 +239,7 @@ def fingerprint(data):
     return f"{seed_of(len(data), data.classes, [(item.numpy().tobytes(), label) for item, label in some]):x}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One step
 
 class EMA:
@@ -222,7 +251,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, good):
-        """average += (1 - decay) (parameter - average), where `good` (a 0-d tensor, 0 or 1) says that a step was taken."""
+        """average += (1 - decay) (parameter - average), where `good` (0-d, 0 or 1): a step was taken."""
         for decay, average in self.averages.items():
             torch._foreach_lerp_(average, self.parameters, [(1 - float(decay)) * good] * len(average))
 
@@ -245,21 +274,22 @@ class Step:
     def __init__(self, kdiff, codec, args, device):
         self.kdiff, self.codec, self.args, self.device = kdiff, codec, args, device
         self.parameters = [p for p in kdiff.parameters() if p.requires_grad]
-        groups = [{"params": list(kdiff.net.parameters())}] + ([{"params": [kdiff.w]}] if kdiff.w is not None else [])
+        groups = [{"params": list(kdiff.net.parameters())}]
+        groups += [] if kdiff.w is None else [{"params": [kdiff.w]}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.ema = EMA(self.parameters, args.ema)
-        self.sums = torch.zeros(3, device=device)        # since the last log line: steps taken, their loss, gradient norm
-        self.skipped = torch.zeros(3, dtype=torch.int64, device=device)       # steps: in all, in a row now, longest row
+        self.sums = torch.zeros(3, device=device)        # since the last log line: steps, loss, norm
+        self.skipped = torch.zeros(3, dtype=torch.int64, device=device)    # in all, in a row, longest row
         if args.compile:
-            for block in kdiff.net.blocks:               # in place: no prefix in the checkpoint, and DDP still overlaps
-                block.compile()
+            for block in kdiff.net.blocks:               # in place: no prefix in checkpoints, DDP overlaps
+                block.compile(dynamic=False)
         kdiff.net.checkpointing = args.activation_checkpointing
         self.model = kdiff if WORLD == 1 else DistributedDataParallel(
             kdiff, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
             gradient_as_bucket_view=True)
 
     def __call__(self, batch, labels, seeds, warm):
-        """One step on this process's share of the batch; seeds: an integer an image; warm: the warmup's factor."""
+        """One step on this process's share of a batch; seeds: an integer an image; warm: warmup's factor."""
         for group, rate in zip(self.optimizer.param_groups, (self.args.lr, self.args.lr * self.args.k_lr)):
             group["lr"] = rate * warm
         loss_sum, n, m = torch.zeros((), device=self.device), len(batch), self.args.micro_batch
@@ -276,7 +306,7 @@ class Step:
         if self.args.clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.args.clip, norm)
         good = norm.isfinite()
-        self.optimizer.found_inf = 1.0 - good.float()    # the fused kernel then leaves weights and moments as they are
+        self.optimizer.found_inf = 1.0 - good.float()    # then the kernel leaves weights and moments alone
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update(good.float())
@@ -286,7 +316,7 @@ class Step:
         self.skipped = torch.stack([total + ~good, row, torch.maximum(longest, row)])
 
     def read(self):
-        """(mean loss, mean gradient norm, steps skipped in all, longest row of them) for the log; waits for the device."""
+        """(mean loss, mean gradient norm, steps skipped, longest row of them); waits for the device."""
         sums = self.sums.clone()
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -296,18 +326,19 @@ class Step:
         return loss / max(steps, 1), norm / max(steps, 1), total, longest
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints and interruptions
 
 def save(path, step, it, config, data_state, keep):
-    """Write a checkpoint, whole or not at all, and keep `keep` of the older ones under their step's number."""
+    """Write a checkpoint, whole or not at all, and keep `keep` older ones under their step's number."""
     def full(tensors):                                   # a KDiff state dict whose parameters are these
         return {**it.kdiff.state_dict(), **dict(zip(names, tensors))}
     names = [name for name, p in it.kdiff.named_parameters() if p.requires_grad]
     every = [*it.parameters, *(t for average in it.ema.averages.values() for t in average),
              *(t for state in it.optimizer.state.values() for t in state.values())]
     if not torch.stack([t.isfinite().all() for t in every]).all():
-        raise UserError(f"the weights after step {step} are not finite: {path} keeps what it held; try a lower --lr")
+        raise UserError(f"the weights after step {step} are not finite: {path} keeps what it held; "
+                        "try a lower --lr")
     if dist.is_initialized() and dist.get_rank():
         return
     checkpoint = {"step": step, "model": it.kdiff.state_dict(), "optimizer": it.optimizer.state_dict(),
@@ -323,7 +354,7 @@ def save(path, step, it, config, data_state, keep):
 
 
 def resume(path, it, config):
-    """Load a checkpoint into the step; returns its number. UserError where it is of another run, naming what differs."""
+    """Load a checkpoint into the step; returns its number. UserError, naming what differs, for others."""
     file = read_tensors(path)
     try:
         before = file["config"]
@@ -331,8 +362,8 @@ def resume(path, it, config):
             if before.get(key) == config.get(key):
                 continue
             if key not in HARMLESS:
-                raise UserError(f"--out {path.parent} holds a run with {key} {before.get(key)}, not {config.get(key)}: "
-                                "name another --out, or remove it")
+                raise UserError(f"--out {path.parent} holds a run with {key} {before.get(key)}, "
+                                f"not {config.get(key)}: name another --out, or remove it")
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
         it.kdiff.load_state_dict(file["model"])
         names = [name for name, p in it.kdiff.named_parameters() if p.requires_grad]
@@ -342,11 +373,11 @@ def resume(path, it, config):
         it.skipped = torch.tensor([file["skipped"][0], 0, 0], device=it.device)
         return file["step"]
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint of this program ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{path}: not a checkpoint of this program ({in_short(error)})") from None
 
 
 class Interrupt:
-    """SIGTERM and SIGINT ask the loop to finish its step and save; where nothing can be lost they end at once."""
+    """SIGTERM and SIGINT ask the loop to finish its step and save; where all is saved they end at once."""
 
     def __init__(self):
         self.signal, self.at_once = 0, False
@@ -354,15 +385,17 @@ class Interrupt:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
+        """The handler of the signals."""
         self.signal = self.signal or number
         if self.at_once:
             self.leave()
 
     def leave(self):
-        os._exit(128 + self.signal)      # not through exit handlers that would wait for the other processes
+        """End the process, not through exit handlers that would wait for the other processes."""
+        os._exit(128 + self.signal)
 
     def anywhere(self):
-        """Whether any process was asked to stop: they must all leave after the same step. Asked on the CPU."""
+        """Whether any process was asked to stop: all must leave after the same step. Asked on the CPU."""
         flag = torch.tensor(float(self.signal))
         if WORLD > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -370,10 +403,11 @@ class Interrupt:
         return bool(flag)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a run shows
 
-COLUMNS = ("step", "epoch", "loss", "k", "k1", "k2", "lr", "grad", "img_per_s", "skipped", "fid", "is", "pixel_distance")
+COLUMNS = ("step", "epoch", "loss", "k", "k1", "k2", "lr", "grad", "img_per_s", "skipped", "fid", "is",
+           "pixel_distance")
 
 
 class Log:
@@ -383,7 +417,8 @@ class Log:
         rows = []
         if step and path.exists():
             with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "x").isdigit() and int(row["step"]) <= step]
+                rows = [row for row in csv.DictReader(file)
+                        if (row["step"] or "x").isdigit() and int(row["step"]) <= step]
         path.unlink(missing_ok=True)
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
@@ -392,26 +427,29 @@ class Log:
         self.file.flush()
 
     def row(self, **values):
+        """Write values, by column, at once."""
         self.writer.writerow(values)
         self.file.flush()
 
 
 def show(args, it, codec, data, step, last):
-    """The pictures of a run at this step: samples of the default average, the curves, k(t); on the first process."""
+    """The pictures of a run at this step: samples of the default average, curves, k(t). On one process."""
     out, written = args.out, []
     if args.samples and codec.decodes:
         rows = min(8, len(data.classes), args.samples)
         columns = -(-args.samples // rows)
         with it.ema.swapped(args.ema_default):
             it.kdiff.eval()
-            images = sample_all(it.kdiff, codec, [j // columns for j in range(rows * columns)], 64, cfg=args.cfg,
-                                interval=args.interval, steps=args.sample_steps, dtype=args.dtype)
+            labels = [j // columns for j in range(rows * columns)]
+            images = sample_all(it.kdiff, codec, labels, 64, cfg=args.cfg, interval=args.interval,
+                                steps=args.sample_steps, dtype=args.dtype)
             it.kdiff.train()
         written.append(out / ("samples.png" if last else f"samples-{step:07}.png"))
         draw_grid(images, data.classes[:rows], written[-1], columns)
     names = ("k1", "k2") if args.target == "two" else ("k",)
-    panels = [("loss", ("loss",)), (" and ".join(names), names)] + [(name, (name,)) for name in ("fid", "pixel_distance")]
-    curves = [(title, "step", {name: read_log(out, name) for name in names}) for title, names in panels]
+    panels = [("loss",), names, ("fid",), ("pixel_distance",)]
+    curves = [(" and ".join(panel), "step", {name: read_log(out, name) for name in panel})
+              for panel in panels]
     draw_curves([panel for panel in curves if any(xs for xs, _ in panel[2].values())], out / "curves.png")
     written.append(out / "curves.png")
     if args.target == "time":
@@ -421,24 +459,26 @@ def show(args, it, codec, data, step, last):
 
 
 def evaluate(args, it, codec, data, extractor, reference):
-    """Distance and score of --fid_samples samples of the default average, made and measured by all processes."""
+    """Distance and score of --fid_samples samples of the default average; all processes take part."""
     with it.ema.swapped(args.ema_default):
         it.kdiff.eval()
-        samples = generate_split(it.kdiff, codec, range(len(data.classes)), args.fid_samples, 64, cfg=args.cfg,
-                                 interval=args.interval, dtype=args.dtype)
-        result = fid.evaluate(((images, indices[0]) for images, _, indices in samples), extractor, reference, it.device)
+        samples = generate_split(it.kdiff, codec, range(len(data.classes)), args.fid_samples, 64,
+                                 cfg=args.cfg, interval=args.interval, dtype=args.dtype)
+        measured = ((images, indices[0]) for images, _, indices in samples)
+        result = fid.evaluate(measured, extractor, reference, it.device)
         it.kdiff.train()
     result = {"is" if name == "is_mean" else name: value for name, value in result.items()}
-    print0(" | ".join(f"{name} {value:,.5g}" for name, value in result.items()) + f" | EMA {args.ema_default} | "
-           f"cfg {args.cfg} | interval {args.interval} | 50 Heun steps")
+    print0(" | ".join(f"{name} {value:,.5g}" for name, value in result.items())
+           + f" | EMA {args.ema_default} | cfg {args.cfg} | interval {args.interval} | 50 Heun steps")
     return result
 
 
 def bench(it, args, data, gflops):
-    """Time `--bench N` steps on one resident batch after warm-up, beside a matrix product's rate in the same run."""
+    """Time `--bench N` steps on one resident batch after warm-up, beside a matrix product's rate."""
     share = args.batch_size // WORLD
     items = [data[i % len(data)] for i in range(share)]
-    batch, labels = torch.stack([x for x, _ in items]).to(it.device), torch.tensor([y for _, y in items]).to(it.device)
+    batch = torch.stack([x for x, _ in items]).to(it.device)
+    labels = torch.tensor([y for _, y in items]).to(it.device)
     cuda = it.device.type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     with autocast(it.device, args.dtype):
@@ -456,10 +496,11 @@ def bench(it, args, data, gflops):
         rates.append(2 * len(a) ** 3 / (middle - start) / 1e12)
         times.append(time.perf_counter() - middle)
     seconds, peak = sorted(times[3:])[args.bench // 2], sorted(rates[3:])[args.bench // 2]
-    rate = 6 * gflops * share / seconds / 1e3                       # forward and backward: 3 forwards of 2 flops each
+    rate = 6 * gflops * share / seconds / 1e3              # forward and backward: 3 forwards of 2 flops each
     memory = f" | peak memory {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if cuda else ""
-    print0(f"{seconds * 1e3:.1f} ms per step (median of {args.bench}) | {args.batch_size / seconds:,.1f} images/s | "
-           f"{rate:.3f} TFLOP/s per process = {rate / peak:.0%} of a {len(a)}x{len(a)} {dtype} product's {peak:.3f}{memory}")
+    print0(f"{seconds * 1e3:.1f} ms per step (median of {args.bench}) | "
+           f"{args.batch_size / seconds:,.1f} images/s | {rate:.3f} TFLOP/s per process = {rate / peak:.0%} "
+           f"of a {len(a)}x{len(a)} {dtype} product's {peak:.3f}{memory}")
 
 
 def prepare(args, device):
@@ -471,15 +512,16 @@ def prepare(args, device):
                         f"try {max(share, 1) * WORLD}")
     args.micro_batch = args.micro_batch or next(m for m in range(min(share, 128), 0, -1) if share % m == 0)
     if share % args.micro_batch:
+        fits = next(m for m in range(min(share, args.micro_batch), 0, -1) if share % m == 0)
         raise UserError(f"--micro_batch {args.micro_batch} does not divide the {share} images of a process: "
-                        f"try {next(m for m in range(min(share, args.micro_batch), 0, -1) if share % m == 0)}")
+                        f"try {fits}")
     per_epoch = len(data) / args.batch_size
     args.steps = args.steps or max(1, round(args.epochs * per_epoch))
     args.compile = device.type == "cuda" if args.compile is None else args.compile
-    if args.samples is None:                         # on a CPU a picture of a large network takes as long as many steps
+    if args.samples is None:                         # on a CPU a large network's picture takes long
         args.samples = 64 if args.data is None or device.type == "cuda" else 4
     args.sample_steps = args.sample_steps or (50 if args.data is None or device.type == "cuda" else 20)
-    fit = [decay for decay in args.ema if decay ** args.steps < 0.01]       # the initial weights have faded from these
+    fit = [decay for decay in args.ema if decay ** args.steps < 0.01]    # the initial weights have faded here
     args.ema_default = str(max(fit) if fit else min(args.ema))
     pixel = args.space == "pixel"
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
@@ -491,18 +533,20 @@ def prepare(args, device):
 
 def describe(args, config, kdiff, gflops, per_epoch):
     """The settings that made a run, and what the command does with them."""
-    settings = {key: value for key, value in config.items() if key not in ("out", "steps", "epochs", "dry_run", "bench")}
-    print0("settings  " + "  ".join(f"{key}={value}" for key, value in settings.items() if value is not None))
+    print0("settings  " + "  ".join(
+        f"{key}={value}" for key, value in config.items()
+        if value is not None and key not in ("out", "steps", "epochs", "dry_run", "bench")))
     params = sum(p.numel() for p in kdiff.net.parameters())
-    print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, {gflops:.2f} Gflops an image and forward")
-    print0(f"batch     {args.batch_size} = {WORLD} processes x {args.batch_size // WORLD // args.micro_batch} micro batches "
-           f"x {args.micro_batch} images")
+    print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
+           f"{gflops:.2f} Gflops an image and forward")
+    print0(f"batch     {args.batch_size} = {WORLD} processes "
+           f"x {args.batch_size // WORLD // args.micro_batch} micro batches x {args.micro_batch} images")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     print0(f"writes to {args.out}")
 
 
 def batches(data, args, start, device):
-    """(batch, labels) of this process for the steps that are left, in the order that the step alone decides."""
+    """(batch, labels) of this process for the steps left, in an order that the step alone decides."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     order = Order(len(data), args.batch_size, args.seed, start, args.steps, rank, WORLD)
     return torch.utils.data.DataLoader(
@@ -517,6 +561,7 @@ def ignore_signals(worker):
 
 
 def main():
+    """Train, from the last checkpoint where there is one; the loop."""
     args = parse()
     device, rank, _ = setup(args.device)
     data, codec, config, per_epoch = prepare(args, device)
@@ -529,14 +574,15 @@ def main():
     if args.init:
         weights = read_weights(args.init, model=args.model if "demo" not in args.model else None)[1]
         try:
-            kdiff.net.load_state_dict({k.removeprefix("net."): v for k, v in weights.items() if k.startswith("net.")})
+            kdiff.net.load_state_dict({key.removeprefix("net."): value for key, value in weights.items()
+                                       if key.startswith("net.")})
         except RuntimeError as error:
-            raise UserError(f"--init {args.init}: not a {args.model} for this data ({' '.join(str(error).split())[:150]})")
+            raise UserError(f"--init {args.init}: not a {args.model} for this data ({in_short(error)})")
     kdiff, codec, tokenizer = kdiff.to(device).train(), codec.to(device), args.tokenizer
     it = Step(kdiff, codec, args, device)
     if args.fid_every:
-        extractor, reference = fid.make_extractor(args.features, args.weights, device), \
-            fid.load_reference(args.fid_ref, args.features)
+        extractor = fid.make_extractor(args.features, args.weights, device)
+        reference = fid.load_reference(args.fid_ref, args.features)
         if not codec.decodes:
             raise UserError("--fid_every needs --tokenizer to make images of latents")
     if args.bench:
@@ -547,14 +593,15 @@ def main():
     if path.exists():
         start = resume(path, it, config)
         if start >= args.steps:
-            return print0(f"{path} is finished at step {start:,}: nothing to do (--steps for more, --out for another run)")
+            return print0(f"{path} is finished at step {start:,}: nothing to do "
+                          "(--steps for more, --out for another run)")
         print0(f"resuming from {path} at step {start:,}")
     if args.ema_default != str(max(args.ema)) or float(args.ema_default) ** args.steps >= 0.01:
-        print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run has {args.steps:,}: "
-               f"pictures show {args.ema_default}; --ema sets others")
+        print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps "
+               f"and the run has {args.steps:,}: pictures show {args.ema_default}; --ema sets others")
     state = {"classes": data.classes, **pack_codec(codec, tokenizer)}
     log = Log(args.out / "log.csv", start) if rank == 0 else None
-    interrupt, run.each_for_itself = Interrupt(), True           # from here on a process reports what it alone meets
+    interrupt, run.each_for_itself = Interrupt(), True    # from here on a process reports what it alone meets
     warmup, share, saved = args.warmup_epochs * per_epoch, args.batch_size // WORLD, start
     began = ticked = time.time()
     for step, (batch, labels) in enumerate(batches(data, args, start, device), start):
@@ -562,7 +609,8 @@ def main():
         warm = min(1.0, (step + 1) / max(warmup, 1))
         it(batch, labels, seeds, warm)
         step += 1
-        leave, evaluates = interrupt.anywhere(), args.fid_every and (step % args.fid_every == 0 or step == args.steps)
+        leave = interrupt.anywhere()
+        evaluates = args.fid_every and (step % args.fid_every == 0 or step == args.steps)
         if step % args.log_every == 0 or step == args.steps or leave:
             loss, grad, skipped, longest = it.read()
             speed = ((step - 1) % args.log_every + 1) * args.batch_size / (time.time() - ticked)
@@ -575,20 +623,22 @@ def main():
             if log:
                 if "k1" in ks:
                     ks["k"] = ks["k1"] / (ks["k1"] + ks["k2"])
-                log.row(step=step, epoch=f"{step / per_epoch:.4f}", loss=f"{loss:.6g}", lr=f"{args.lr * warm:.6g}",
-                        grad=f"{grad:.6g}", img_per_s=f"{speed:.1f}", skipped=skipped,
-                        **{name: f"{k:.6f}" for name, k in ks.items()})
+                log.row(step=step, epoch=f"{step / per_epoch:.4f}", loss=f"{loss:.6g}",
+                        lr=f"{args.lr * warm:.6g}", grad=f"{grad:.6g}", img_per_s=f"{speed:.1f}",
+                        skipped=skipped, **{name: f"{k:.6f}" for name, k in ks.items()})
             if longest >= 10:
-                raise UserError(f"10 steps in a row had a loss or gradient that is not finite; {path} at step {saved} is "
-                                "intact: try a lower --lr, --clip 1, --qk_norm or --dtype float32")
+                raise UserError("10 steps in a row had a loss or gradient that is not finite; "
+                                f"{path} at step {saved} is intact: "
+                                "try a lower --lr, --clip 1, --qk_norm or --dtype float32")
         if step % args.save_every == 0 or step == args.steps or leave or evaluates:
             save(path, step, it, config, state, args.keep)
             saved = step
         if leave:
-            print0(f"stopped by signal {interrupt.signal} after step {step:,}, saved in {path}: the same command continues")
+            print0(f"stopped by signal {interrupt.signal} after step {step:,}, saved in {path}: "
+                   "the same command continues")
             interrupt.leave()
         if evaluates:
-            interrupt.at_once = True                             # what follows can be repeated: the step is saved
+            interrupt.at_once = True                         # what follows can be repeated: the step is saved
             result = evaluate(args, it, codec, data, extractor, reference)
             if log:
                 log.row(step=step, epoch=f"{step / per_epoch:.4f}", **result)
@@ -597,7 +647,7 @@ def main():
             show(args, it, codec, data, step, last=False)
             ticked = time.time()
     if rank == 0:
-        interrupt.at_once = True                                 # all is saved: nothing can be lost from here on
+        interrupt.at_once = True                             # all is saved: nothing can be lost from here on
         written = show(args, it, codec, data, args.steps, last=True)
         print0(f"done in {duration(time.time() - began)}. Look at " + ", ".join(map(str, written))
                + f"; more samples: python sample.py {path}")
