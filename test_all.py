@@ -532,7 +532,7 @@ def test_shapes_are_anti_aliased():
     """A disc covers pi r^2 to better than a third of a pixel: whole pixels would miss by several."""
     shapes = Shapes(80, 32)
     for i in range(0, 80, 8):
-        radius = 0.9 * (0.27 + 0.09 * shapes.factors[i][2]) * 32
+        radius = 0.9 * (0.27 + 0.07 * shapes.factors[i][2]) * 32
         image = shapes[i][0].double() / 255
         covered = ((image - 0.06) / (image.amax((1, 2), keepdim=True) - 0.06)).amax(0).sum()
         assert abs(covered - math.pi * radius ** 2) < 0.02 * math.pi * radius ** 2
@@ -854,6 +854,20 @@ def test_latents_of_a_folder_are_encoded_trained_on_resumed_and_sampled(photos, 
     (out / "meta.json").unlink()
     with pytest.raises(UserError, match="meta.json"):
         open_dataset(out, None)
+
+
+def test_jit_loss_and_sampler_give_the_published_numbers():
+    """Recorded from the official JiT: its training loss, and six guided steps of both solvers (one pixel, the norm)."""
+    kdiff = KDiff(fill(JiT(**TINY_JIT)), "x", num_classes=10, noise_scale=1.0, tau=0.05)
+    x, e, z0 = (normal(name, 3, 3, 32, 32) for name in ("x", "e", "z0"))
+    t, y, labels = torch.tensor([0.05, 0.5, 0.93]), torch.tensor([0, 3, 10]), torch.tensor([0, 3, 1])
+    with torch.no_grad():
+        assert kdiff.loss(0.5 * x, y, t, e).item() == pytest.approx(102.92652, rel=1e-6)
+        for solver, pixels, norm in (("heun", [-0.416544, -1.016429, 0.516974], 125.321983),
+                                     ("euler", [-0.015014, -1.051720, -0.029472], 122.744453)):
+            z = integrate(guided(kdiff, labels, 2.9, (0.1, 1.0)), z0, 6, solver)
+            assert z[:, 1, 5, 7].tolist() == pytest.approx(pixels, abs=2e-5)
+            assert z.norm().item() == pytest.approx(norm, rel=1e-5)
 # ---------------------------------------------------------------------------------------------------------------
 # Faults: interruptions, numbers that are not finite, files that are not what they say
 

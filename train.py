@@ -51,17 +51,17 @@ PRESETS = {  # Table 4      latent                 pixel
 DEMO = PRESETS | {  #       latent                 pixel            A patch has more values than the network
     "model":               ("LightningDiT-demo/1", "JiT-demo/8"),   # is wide: where only x fits through (JiT)
     "image_size":          (32,                    32),
-    "epochs":              (12,                    8),
+    "epochs":              (12,                    9),
     "warmup_epochs":       (0.1,                   0.1),
     "batch_size":          (64,                    64),
     "lr":                  (4e-3,                  4e-3),
-    "k_lr":                (10.0,                  10.0),
+    "k_lr":                (1.0,                   10.0),
     "ema":                 ([.99, .98, .95],       [.99, .98, .95]),
     "noise_scale":         (1.0,                   1.0),
-    "cfg":                 (1.5,                   1.5),
+    "cfg":                 (2.0,                   2.0),
     "log_every":           (20,                    20),
-    "save_every":          (350,                   350),
-    "sample_every":        (350,                   350),
+    "save_every":          (400,                   300),
+    "sample_every":        (600,                   450),
 }
 SHAPES = 6_400                        # images of the demo
 PCA = dict(factor=8, channels=16)     # the latent demo's tokenizer
