@@ -52,7 +52,7 @@ DEMO = PRESETS | {  #       latent                 pixel            A patch has 
     "model":               ("LightningDiT-demo/1", "JiT-demo/8"),   # is wide: where only x fits through (JiT)
     "image_size":          (32,                    32),
     "epochs":              (12,                    9),
-    "warmup_epochs":       (0.1,                   0.1),
+    "warmup_epochs":       (0.25,                  0.25),
     "batch_size":          (64,                    64),
     "lr":                  (4e-3,                  4e-3),
     "k_lr":                (1.0,                   10.0),
