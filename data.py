@@ -54,16 +54,27 @@ def run(main):
     """Call main(); a UserError ends the program with its one line and exit status 2, once under torchrun."""
     try:
         main()
-    except UserError as error:
-        if RANK == 0 or getattr(run, "each_for_itself", False):
-            # a loader worker's error arrives wrapped in its traceback: the last line is the error
-            message = str(error).rstrip().splitlines()[-1].rpartition("UserError: ")[2]
-            print("error:", message, file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (UserError, RuntimeError) as error:
+        text = str(error).rstrip().splitlines()[-1] if isinstance(error, UserError) else run_failure(error)
+        if RANK == 0 or getattr(run, "each_for_itself", False):
+            # from a loader's worker an error arrives wrapped in the worker's traceback: its last line is the error
+            print("error:", text.rpartition("UserError: ")[2], file=sys.stderr, flush=True)
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def run_failure(error):
+    """One line for a RuntimeError that is no bug of ours: memory, a lost worker or process. Raises any other."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
+    if "DataLoader worker" in str(error):
+        return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
+    if WORLD > 1 and isinstance(error, dist.DistError) or "onnection closed" in str(error):
+        return f"process {RANK} lost the others; the first error above says why"
+    raise error
 
 
 def setup(device=None):

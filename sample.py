@@ -289,19 +289,19 @@ def read_log(run_folder, column):
 
 
 def print_table(runs):
-    """Print k, loss (mean of the last fifth of the log) and distance of runs: mean +- std over those named NAME-seedN."""
-    groups = {}
-    for run_folder in runs:
-        groups.setdefault(Path(run_folder).name.rpartition("-seed")[0] or Path(run_folder).name, []).append(run_folder)
-    print0(f"{'run':20} seeds   {'k':>15} {'k1':>15} {'k2':>15} {'loss':>17} {'pixel_distance':>17}")
-    for name, folders in sorted(groups.items()):
+    """Print what runs learned, their loss (mean of the log's last fifth) and distance; +- std over NAME-seedN."""
+    groups, columns = {}, ("k", "k1", "k2", "loss", "pixel_distance")
+    for folder in map(Path, runs):
+        groups.setdefault(folder.name.rpartition("-seed")[0] or folder.name, []).append(folder)
+    print0(f"{'run':20}{'runs':>5}" + "".join(f"{column:>18}" for column in columns))
+    for name, folders in groups.items():
         cells = []
-        for column in ("k", "k1", "k2", "loss", "pixel_distance"):
-            logs = [read_log(folder, column)[1] for folder in folders]
-            ends = [np.mean(log[-max(1, len(log) // 5):] if column == "loss" else log[-1:]) for log in logs if log]
-            cells.append(f"{np.mean(ends):.3f} +- {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else
-                         f"{ends[0]:.3f}" if ends else "")
-        print0(f"{name:20} {len(folders):5}   " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (15, 15, 15, 17, 17))))
+        for column in columns:
+            logs = [log for log in (read_log(folder, column)[1] for folder in folders) if log]
+            ends = [np.mean(log[-max(1, len(log) // 5):]) if column == "loss" else log[-1] for log in logs]
+            spread = f" +- {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else ""
+            cells.append(f"{np.mean(ends):.3f}{spread}" if ends else "")
+        print0(f"{name:20}{len(folders):5}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def draw_k_of_t(kdiff, path):
@@ -316,43 +316,47 @@ def draw_k_of_t(kdiff, path):
 # ------------------------------------------------------------------------------------------------------------
 # Samples for evaluation
 
-def write_samples(batches, n, out, settings):
-    """Write n samples, made by all processes: to an .npz (arr_0, arr_1, settings) or a folder of PNGs."""
+def write_samples(batches, n, size, out, settings):
+    """Write n samples of size px, made by all processes, to out: an .npz (arr_0, arr_1, settings) or a folder."""
     out = Path(out)
     if out.suffix != ".npz":
-        out.mkdir(parents=True, exist_ok=True)
-        for images, labels, indices in batches:
-            for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
-                Image.fromarray(image).save(out / f"{i:06}_{label}.png")
-        barrier()
-        if RANK == 0:
-            (out / "settings.json").write_text(json.dumps(settings))
-        return
-    parts = [out.with_name(f"{out.name}.{i}.tmp.npy") for i in (0, 1)]     # shared by all, then zipped
-    arrays = None
+        return write_folder(batches, out, settings)
+    parts = {name: out.with_name(f"{out.name}.{name}.tmp.npy") for name in ("arr_0", "arr_1", "settings")}
+    if RANK == 0:                                         # all processes write into these, then they are zipped
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(parts["arr_0"], "w+", np.uint8, (n, size, size, 3))
+        np.lib.format.open_memmap(parts["arr_1"], "w+", np.int64, (n,))
+        np.save(parts["settings"], np.array(json.dumps(settings)))
+    barrier()
+    images, labels = (np.load(parts[name], mmap_mode="r+") for name in ("arr_0", "arr_1"))
+    for batch, classes, indices in batches:
+        images[indices], labels[indices] = batch.permute(0, 2, 3, 1).cpu().numpy(), classes
+    images.flush()
+    labels.flush()
+    barrier()
+
+    def write(temporary):
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
+            for name, part in parts.items():
+                file.write(part, f"{name}.npy")
+    if RANK == 0:
+        write_atomically(out, write)
+        for part in parts.values():
+            part.unlink()
+
+
+def write_folder(batches, out, settings):
+    """Write samples as PNGs named by index and label, and last their settings; refuses a folder that holds any."""
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out} holds files already; remove it or choose another")
+    barrier()
+    out.mkdir(parents=True, exist_ok=True)
     for images, labels, indices in batches:
-        images = images.permute(0, 2, 3, 1).cpu().numpy()
-        if arrays is None:
-            if RANK == 0:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                np.lib.format.open_memmap(parts[0], "w+", np.uint8, (n, *images.shape[1:]))
-                np.lib.format.open_memmap(parts[1], "w+", np.int64, (n,))
-            barrier()
-            arrays = [np.load(part, mmap_mode="r+") for part in parts]
-        arrays[0][indices], arrays[1][indices] = images, labels
-    for array in arrays or ():
-        array.flush()
+        for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
+            Image.fromarray(image).save(out / f"{i:06}_{label}.png")
     barrier()
     if RANK == 0:
-        np.save(text := out.with_name(f"{out.name}.2.tmp.npy"), np.array(json.dumps(settings)))
-
-        def write(temporary):
-            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
-                for part, name in zip((*parts, text), ("arr_0", "arr_1", "settings")):
-                    file.write(part, f"{name}.npy")
-        write_atomically(out, write)
-        for part in (*parts, text):
-            part.unlink()
+        write_atomically(out / "settings.json", lambda temporary: temporary.write_text(json.dumps(settings)))
 
 
 def choose_classes(text, names):
@@ -392,7 +396,7 @@ def parse():
     add("--features", choices=("inception", "pixels"), default="inception",
         help="for --fid (default inception)")
     add("--weights", help="Inception weights file, for --fid")
-    add("--table", action="store_true", help="tabulate the runs given, over seeds where their names end in -seedN")
+    add("--table", action="store_true", help="tabulate the runs given, by name without -seedN")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     for name in ("n", "steps", "batch_size"):
@@ -449,7 +453,8 @@ def main():
         result = fid.evaluate(measured, extractor, reference, device)
         fid.show(result, reference, extractor.sha256, settings)
     else:
-        write_samples(batches, n, args.out, settings)
+        size = it.config["net_size"] * (it.codec.tokenizer.factor if it.codec.tokenizer else 1)
+        write_samples(batches, n, size, args.out, settings)
         print0(f"wrote {args.out}: {n:,} samples")
 
 

@@ -11,7 +11,6 @@ import argparse
 import csv
 import os
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fid
 from data import (VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes,
-                  UserError, duration, in_short, open_dataset, print0, read_tensors, run, seed_of, setup,
+                  UserError, barrier, duration, in_short, open_dataset, print0, read_tensors, run, seed_of, setup,
                   write_atomically)
 from model import gmacs
 from sample import (assemble, autocast, draw_curves, draw_grid, draw_k_of_t, generate_split, pack_codec,
@@ -156,7 +155,7 @@ def add_training_flags(parser):
     add("--clip", type=float, default=0.0, help="largest gradient norm; 0: none")
     add("--dtype", choices=("float32", "bfloat16"),
         help="of autocast (default: bfloat16 on GPUs that have it)")
-    add("--compile", action=yes_no, help="compile each block (default: on GPUs)")
+    add("--compile", action=yes_no, help="compile each block (default: on GPUs, but for the demo)")
     add("--activation_checkpointing", action="store_true",
         help="recompute activations: less memory, more time")
     add = parser.add_argument_group("logging").add_argument
@@ -517,7 +516,8 @@ def prepare(args, device):
                         f"try {fits}")
     per_epoch = len(data) / args.batch_size
     args.steps = args.steps or max(1, round(args.epochs * per_epoch))
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    if args.compile is None:                         # the demo would end before compiling does
+        args.compile = device.type == "cuda" and args.data is not None
     if args.samples is None:                         # on a CPU a large network's picture takes long
         args.samples = 64 if args.data is None or device.type == "cuda" else 4
     args.sample_steps = args.sample_steps or (50 if args.data is None or device.type == "cuda" else 20)
@@ -572,7 +572,7 @@ def main():
     if args.dry_run:
         return
     if args.init:
-        weights = read_weights(args.init, model=args.model if "demo" not in args.model else None)[1]
+        weights = read_weights(args.init)[1]
         try:
             kdiff.net.load_state_dict({key.removeprefix("net."): value for key, value in weights.items()
                                        if key.startswith("net.")})
@@ -634,6 +634,7 @@ def main():
             save(path, step, it, config, state, args.keep)
             saved = step
         if leave:
+            barrier()                                        # until the first process has written it
             print0(f"stopped by signal {interrupt.signal} after step {step:,}, saved in {path}: "
                    "the same command continues")
             interrupt.leave()
@@ -654,7 +655,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        run(main)
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: try half the --micro_batch, or --activation_checkpointing")
+    run(main)
