@@ -309,6 +309,15 @@ class ImageFolder(Dataset):
         return (image.flip(-1) if flip else image), int(self.labels[i])
 
 
+def class_names(meta, labels, path):
+    """The names of the classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
+    low, high = int(labels.min()), int(labels.max())
+    names = meta.get("classes") or [str(i) for i in range(min(high + 1, 1_000_000))]
+    if low < 0 or high >= len(names) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: its labels, {low} to {high}, do not fit its {len(names)} classes")
+    return names
+
+
 class Packed(Dataset):
     """An array made by `data.py pack`: records of uint8 image (3, H, W) and label, memory-mapped."""
 
@@ -316,14 +325,14 @@ class Packed(Dataset):
         self.records = open_array(path)
         names = self.records.dtype.names or ()
         image = self.records.dtype["image"] if "image" in names else None
-        if image is None or "label" not in names or image.base != np.uint8 or len(image.shape) != 3:
+        if image is None or "label" not in names or image.base != np.uint8 or image.shape[:1] != (3,) \
+                or image.shape[1:2] != image.shape[2:]:
             raise UserError(f"{path}: not an array made by `python data.py pack`")
         if not len(self.records):
             raise UserError(f"{path}: holds no images")
         self.image_size, self.flips = image.shape[-1], True
-        self.classes = [str(i) for i in range(int(self.records["label"].max()) + 1)]
-        if os.path.exists(f"{path}.json"):
-            self.classes = read_json(f"{path}.json")["classes"]
+        meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
+        self.classes = class_names(meta, self.records["label"], path)
 
     def __len__(self):
         return len(self.records)
@@ -345,9 +354,11 @@ def open_array(path):
 def read_json(path):
     """A JSON file's content; UserError where it is damaged."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error})") from None
+        content = json.loads(Path(path).read_text())
+        assert isinstance(content, dict), "not an object"
+        return content
+    except (OSError, ValueError, AssertionError, RecursionError) as error:
+        raise UserError(f"{path}: not readable ({in_short(error)})") from None
 
 
 def read_tensors(path):
@@ -430,8 +441,7 @@ class Latents(Dataset):
         except (KeyError, TypeError, ValueError, RuntimeError, AssertionError):
             raise UserError(f"{folder}: no mean and std of its {self.shape[0]} channels "
                             "(latents_stats.pt or meta.json)") from None
-        top = max(int(part["labels"].max()) for part in self.parts if len(part["labels"]))
-        self.classes = self.meta.get("classes") or [str(i) for i in range(top + 1)]
+        self.classes = class_names(self.meta, np.concatenate([part["labels"] for part in self.parts]), folder)
 
     def __len__(self):
         return int(self.starts[-1])
@@ -689,8 +699,8 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
            f"train with --data {out}")
 
 
-def main():
-    """`python data.py pack` and `python data.py encode`."""
+def parse():
+    """The command line of `pack` and `encode`."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True,
                                      parser_class=functools.partial(Parser, None))
@@ -706,7 +716,12 @@ def main():
     add("--batch_size", type=int, default=32, help="images at a time on each process (default 32)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="the tokenizer's")
     add("--device", help="default: cuda, else cpu")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    """`python data.py pack` and `python data.py encode`."""
+    args = parse()
     if args.command == "pack":
         pack(args.source, args.image_size, args.out)
     else:

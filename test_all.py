@@ -1,26 +1,34 @@
 """Every claim of the other files, each test named after one: `pytest test_all.py`, no network, no GPU."""
 import argparse
+import hashlib
 import importlib
+import io
 import json
 import math
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+import urllib.request
+import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import data
 import fid
 import model
 import train
@@ -32,7 +40,6 @@ from sample import assemble, generate, guided, integrate, load, read_log
 from train import EMA
 
 HERE = Path(__file__).parent
-
 
 
 TINY_JIT = dict(image_size=32, patch_size=8, dim=64, depth=6, heads=4, num_classes=10, bottleneck=16,
@@ -339,6 +346,8 @@ def test_wrong_sizes_and_names_are_refused_in_one_line():
         model.build("JiT-B/16", image_size=250, num_classes=10)
     with pytest.raises(ValueError, match="JiT-X/16.*JiT-B/16.*LightningDiT-XL/1"):
         model.build("JiT-X/16", image_size=256, num_classes=10)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # objective.py
 
@@ -868,6 +877,431 @@ def test_jit_loss_and_sampler_give_the_published_numbers():
             z = integrate(guided(kdiff, labels, 2.9, (0.1, 1.0)), z0, 6, solver)
             assert z[:, 1, 5, 7].tolist() == pytest.approx(pixels, abs=2e-5)
             assert z.norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fid.py: network
+
+def plain_inception(state, images):
+    """FID's network in float64 from its description: layer by layer, the resize by two matrices."""
+    state = {key: value.double() for key, value in state.items()}
+
+    def matrix(n):                                                            # TF1 bilinear, (299, n)
+        m = torch.zeros(299, n).double()
+        for i in range(299):
+            at = i * n / 299
+            low = int(at)
+            m[i, low] += 1 - (at - low)
+            m[i, min(low + 1, n - 1)] += at - low
+        return m
+
+    def conv(x, name, stride=1, valid=False):
+        w, bn = state[name + ".conv.weight"], name + ".bn."
+        x = F.conv2d(x, w, None, stride, 0 if valid or stride > 1 else (w.shape[2] // 2, w.shape[3] // 2))
+        mean, var, scale, shift = (state[bn + k] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, mean, var, scale, shift, eps=1e-3))
+
+    def chain(x, name, n, last_stride=1):
+        for i in range(1, n + 1):
+            x = conv(x, f"{name}_{i}", last_stride if i == n else 1)
+        return x
+
+    def average(x):
+        ones = torch.ones_like(x[:, :1])
+        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(ones, 3, 1, 1)        # the padding is not counted
+
+    def fork(x, name):
+        return torch.cat([conv(x, name + "a"), conv(x, name + "b")], 1)
+
+    x = matrix(images.shape[2]) @ images.double() @ matrix(images.shape[3]).T
+    x = conv((x - 128) / 128, "Conv2d_1a_3x3", 2)
+    x = conv(conv(x, "Conv2d_2a_3x3", valid=True), "Conv2d_2b_3x3")
+    x = conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1")
+    x = F.max_pool2d(conv(x, "Conv2d_4a_3x3", valid=True), 3, 2)
+    for m in ("Mixed_5b.", "Mixed_5c.", "Mixed_5d."):
+        x = torch.cat([conv(x, m + "branch1x1"), chain(x, m + "branch5x5", 2),
+                       chain(x, m + "branch3x3dbl", 3), conv(average(x), m + "branch_pool")], 1)
+    m = "Mixed_6a."
+    x = torch.cat([conv(x, m + "branch3x3", 2), chain(x, m + "branch3x3dbl", 3, 2), F.max_pool2d(x, 3, 2)], 1)
+    for m in ("Mixed_6b.", "Mixed_6c.", "Mixed_6d.", "Mixed_6e."):
+        x = torch.cat([conv(x, m + "branch1x1"), chain(x, m + "branch7x7", 3),
+                       chain(x, m + "branch7x7dbl", 5), conv(average(x), m + "branch_pool")], 1)
+    m = "Mixed_7a."
+    x = torch.cat([chain(x, m + "branch3x3", 2, 2), chain(x, m + "branch7x7x3", 4, 2),
+                   F.max_pool2d(x, 3, 2)], 1)
+    for m, pool in (("Mixed_7b.", average), ("Mixed_7c.", lambda x: F.max_pool2d(x, 3, 1, 1))):
+        x = torch.cat([conv(x, m + "branch1x1"), fork(conv(x, m + "branch3x3_1"), m + "branch3x3_2"),
+                       fork(chain(x, m + "branch3x3dbl", 2), m + "branch3x3dbl_3"),
+                       conv(pool(x), m + "branch_pool")], 1)
+    pool3 = x.mean((2, 3))
+    return pool3, pool3 @ state["fc.weight"].T
+
+
+@pytest.fixture(scope="module")
+def inception():
+    """The network with weights that are a function of their key."""
+    net = fid.Inception(None)
+    state = net.state_dict()
+    for key, value in state.items():
+        if "num_batches_tracked" in key:
+            continue
+        r = normal(key, *value.shape)
+        if key.endswith("running_var"):
+            value.copy_(1 + 0.1 * r.abs())
+        elif value.ndim > 1:
+            value.copy_(r / value[0].numel() ** 0.5 * (2 ** 0.5 if value.ndim == 4 else 1))
+        else:
+            value.copy_(0.1 * r + key.endswith("weight"))
+    net.load_state_dict(state)
+    return net
+
+
+def test_inception_agrees_with_plain_layers(inception):
+    """Both outputs, one side enlarged and one shrunk; train() and autocast change nothing."""
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (1, 3, 40, 333), dtype=np.uint8))
+    expected = plain_inception(inception.state_dict(), images)
+    inception.train()
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.no_grad()):
+        with context:
+            ours = inception(images)
+        inception.eval()
+        assert [tuple(v.shape) for v in ours] == [(1, 2048), (1, 1008)]
+        assert max(error(*pair) for pair in zip(ours, expected)) < 5e-6
+
+
+def test_inception_has_the_published_keys(inception):
+    """The checksum is of the published file's sorted keys and shapes."""
+    shapes = sorted((key, tuple(value.shape)) for key, value in inception.state_dict().items())
+    assert len(shapes) == 566 and zlib.crc32(repr(shapes).encode()) == 1407405072
+
+
+@pytest.mark.parametrize("size", [17, 256, 299, 512])
+def test_resize_reads_source_i_n_over_299(size):
+    """A ramp, in either direction, stays a ramp; past the last pixel it is flat."""
+    ramp = torch.arange(size).clamp(max=255).to(torch.uint8)
+    expected = np.interp(np.arange(299) * size / 299, np.arange(size), ramp.numpy())
+    for image in (ramp[None, :].expand(size, size), ramp[:, None].expand(size, size)):
+        out = fid.resize(image.expand(1, 3, size, size))[0, 1]
+        out = out if image.stride(0) == 0 else out.T
+        assert np.abs(out.numpy() - expected).max() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fid.py: distances
+
+def covariance(n, dim, seed, scale=1.0):
+    x = np.random.RandomState(seed).randn(n, dim) * np.linspace(1, 0.1, dim) * scale
+    return x, x.mean(0), np.cov(x, rowvar=False)
+
+
+def test_frechet_distance_has_its_closed_forms():
+    """Equal covariances: |mu1 - mu2|^2. a^2 I, b^2 I: D (a - b)^2. Commuting: the roots' squared difference."""
+    rng, D = np.random.RandomState(0), 50
+    _, mu, sigma = covariance(200, D, 1)
+    shift = rng.randn(D)
+    assert fid.frechet_distance(mu, sigma, mu + shift, sigma) == pytest.approx(shift @ shift, rel=1e-10)
+    assert fid.frechet_distance(mu, 25 * np.eye(D), mu, 4 * np.eye(D)) == pytest.approx(D * 9, rel=1e-10)
+    turn, (a, b) = np.linalg.qr(rng.randn(D, D))[0], rng.rand(2, D) ** 4
+    distance = fid.frechet_distance(mu, turn * a @ turn.T, mu, turn * b @ turn.T)
+    assert distance == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum(), rel=1e-9)
+
+
+def test_frechet_distance_agrees_with_the_matrix_root():
+    """scipy's sqrtm of the product, where that is well conditioned; symmetric in its arguments."""
+    (_, mu1, s1), (_, mu2, s2) = covariance(300, 40, 0), covariance(250, 40, 1, 1.5)
+    root = scipy.linalg.sqrtm(s1 @ s2)
+    expected = (mu1 - mu2) @ (mu1 - mu2) + np.trace(s1 + s2 - 2 * root.real)
+    assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [10, 99, 100, 101, 102, 110, 300])
+def test_frechet_distance_is_exact_at_every_rank(n):
+    """n samples in 100 dimensions: 0 to themselves; to others by the nuclear norm of X Y^T, without a root."""
+    (x, mu1, s1), (y, mu2, s2) = covariance(n, 100, 0, 3), covariance(80, 100, 1)
+    assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
+    x, y = (x - mu1) / (n - 1) ** 0.5, (y - mu2) / (80 - 1) ** 0.5
+    cross = np.linalg.svd(x @ y.T)[1].sum()
+    expected = (mu1 - mu2) @ (mu1 - mu2) + (x ** 2).sum() + (y ** 2).sum() - 2 * cross
+    assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-9)
+    assert fid.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_of_few_samples_at_full_size_is_0_to_themselves():
+    """300 samples of 2048 numbers, and no variance at all."""
+    _, mu, sigma = covariance(300, 2048, 0)
+    assert abs(fid.frechet_distance(mu, sigma, mu, sigma)) < 1e-6
+    assert fid.frechet_distance(np.ones(5), np.zeros((5, 5)), np.zeros(5), np.zeros((5, 5))) == 5
+
+
+@pytest.mark.parametrize("change", [
+    lambda m, s: (m[None], s), lambda m, s: (m, s[:3]), lambda m, s: (m[:3], s[:3, :3]),
+    lambda m, s: (m * np.nan, s), lambda m, s: (m, s + np.inf)])
+def test_frechet_distance_refuses_what_is_no_statistics(change):
+    """Other shapes, NaN, infinity."""
+    mu, sigma = np.zeros(4), np.eye(4)
+    with pytest.raises(ValueError):
+        fid.frechet_distance(mu, sigma, *change(mu, sigma))
+    with pytest.raises(ValueError):
+        fid.frechet_distance(*change(mu, sigma), mu, sigma)
+
+
+def test_inception_score_is_the_mean_kl_of_uneven_splits():
+    """By loops over 103 rows in 10 splits of 10 and 11; 1 where all agree, K for K certain classes."""
+    logits = 3 * np.random.RandomState(0).randn(103, 7).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))[np.random.RandomState(2020).permutation(103)]
+    p /= p.sum(1, keepdims=True)
+    scores = []
+    for i in range(10):
+        part = p[i * 103 // 10:(i + 1) * 103 // 10]
+        scores.append(np.exp(sum((row * np.log(row / part.mean(0))).sum() for row in part) / len(part)))
+    expected = np.mean(scores), np.std(scores)
+    assert fid.inception_score(torch.from_numpy(logits)) == pytest.approx(expected, rel=1e-10)
+    assert fid.inception_score(np.ones((20, 5))) == pytest.approx((1, 0), abs=1e-12)
+    certain = torch.eye(4, dtype=torch.float64).repeat(2, 1) * 2000       # exp(-2000) is 0: must not give NaN
+    assert fid.inception_score(certain, splits=1) == pytest.approx((4, 0), rel=1e-12)
+    with pytest.raises(ValueError):
+        fid.inception_score(torch.zeros(9, 5))
+
+
+@pytest.mark.parametrize("sizes", [[1] * 60, [60], [7, 20, 33], [33, 20, 7]])
+def test_streamed_statistics_equal_one_pass(sizes):
+    """numpy's mean and cov for every way to cut the stream, around a mean a million times the spread."""
+    x = np.random.RandomState(0).randn(60, 8) + 1e6
+    statistics = fid.Statistics(8)
+    for part in torch.from_numpy(x).split(sizes):
+        statistics.add(part)
+    mu, sigma, n = statistics.finish()
+    assert n == 60 and np.abs(mu - x.mean(0)).max() < 1e-8
+    assert np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-8
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fid.py: evaluation
+
+SPLIT = """
+import json, numpy as np, torch, fid
+from data import RANK, WORLD, Shapes, print0, setup
+
+class Stub(fid.Pixels):
+    name, key = "inception", "fid"
+    def forward(self, images):
+        features, _ = super().forward(images)
+        return features, torch.cat([features, features[:, :240]], 1) * 8
+
+setup("cpu")
+mine = list(range(53 * RANK // WORLD, 53 * (RANK + 1) // WORLD))
+parts = [mine[i:i + BATCH] for i in range(0, len(mine), BATCH)]
+batches = [(torch.stack([Shapes(53, 32)[i][0] for i in part]), part[0]) for part in parts]
+reference = fid.Reference("none", np.zeros(768), np.eye(768))
+print0(json.dumps(fid.evaluate(reversed(batches), Stub(), reference)))
+"""
+
+
+def test_evaluation_does_not_depend_on_processes_batches_or_their_order(tmp_path):
+    """Distance and score of 53 images: one process, batches of 53 and 10, the last first; two processes."""
+    results = []
+    for processes, batch in ((1, 53), (1, 10), (2, 8)):
+        script = tmp_path / f"split{batch}.py"
+        script.write_text(SPLIT.replace("BATCH", str(batch)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] * (processes - 1)
+        done = subprocess.run([sys.executable, *torchrun, script], cwd=HERE, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    assert results[0]["n"] == 53 and results[0]["is_mean"] > 1.01
+    for result in results[1:]:
+        assert result == pytest.approx(results[0], rel=1e-7)
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """12 shapes of 40 px as PNGs in two folders, an array in a zip, stored or deflated, and a packed array."""
+    images = [Shapes(12, 40)[i][0].permute(1, 2, 0).numpy() for i in range(12)]
+    for i, image in enumerate(images):
+        (tmp_path / "png" / str(i // 6)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "png" / str(i // 6) / f"{i:03}.png")
+    (tmp_path / "png" / "settings.json").write_text('{"cfg": 2.5}')
+    settings = np.array('{"cfg": 2.5}')
+    np.savez(tmp_path / "stored.npz", arr_0=np.stack(images), arr_1=np.zeros(12), settings=settings)
+    np.savez_compressed(tmp_path / "deflated.npz", arr_0=np.stack(images))
+    data.pack(tmp_path / "png", 40, tmp_path / "packed.npy")
+    return tmp_path, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["png", "stored.npz", "deflated.npz", "packed.npy"])
+def test_every_kind_of_file_gives_the_same_images(samples, name):
+    """All, and a process's share from the middle, in batches that do not divide it."""
+    folder, images = samples
+    source = fid.open_source(str(folder / name), "pixels", workers=2)
+    assert (source.n, tuple(source.size)) == (12, (40, 40))
+    assert source.settings == ({"cfg": 2.5} if name in ("png", "stored.npz") else None)
+    for first, last in ((0, 12), (4, 11)):
+        batches, indices = zip(*source.read(first, last, 5))
+        assert torch.equal(torch.cat(batches), images[first:last]) and indices == tuple(range(first, last, 5))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_streamed(tmp_path, save):
+    """Reading 24 MB in batches of 0.4 MB never holds 4 MB, deflated or not."""
+    save(tmp_path / "a.npz", arr_0=np.random.RandomState(0).randint(0, 9, (2000, 64, 64, 3), dtype=np.uint8))
+    source = fid.open_source(str(tmp_path / "a.npz"), "pixels")
+    tracemalloc.start()
+    total = sum(int(batch.sum()) for batch, _ in source.read(50, 2000, 32))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total > 0 and peak < 4e6
+
+
+def fid_command(monkeypatch, capsys, *words):
+    """What `python fid.py ...` prints, its errors, and its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, words)])
+    monkeypatch.setattr(run, "each_for_itself", False, raising=False)
+    status = 0
+    try:
+        run(fid.main)
+    except SystemExit as exit:
+        status = exit.code
+    said = capsys.readouterr()
+    return said.out, [line for line in said.err.splitlines() if not line.startswith("images ")], status
+
+
+def test_reference_is_written_used_and_told(samples, monkeypatch, capsys):
+    """Samples are 0 from their own reference, elsewhere not; hash and settings are printed, `FID` is not."""
+    folder, images = samples
+    words = ("--features", "pixels", "--batch_size", 5)
+    made = ("--make_ref", folder / "png", "--image_size", 40, "--out", folder / "ref.npz")
+    assert fid_command(monkeypatch, capsys, *made, *words)[2] == 0
+    ref, x = fid.load_reference(str(folder / "ref.npz"), "pixels"), images.double().numpy() / 255
+    weights = np.zeros((16, 40))                                              # area average of 2.5 pixels
+    for i in range(16):
+        for j in range(40):
+            low, high = int(np.floor(i * 2.5)), int(np.ceil((i + 1) * 2.5))
+            weights[i, j] = (low <= j < high) / (high - low)
+    features = (weights @ x @ weights.T).reshape(12, 768)
+    assert np.abs(ref.mu - features.mean(0)).max() < 1e-6
+    assert np.abs(ref.sigma - np.cov(features, rowvar=False)).max() < 1e-6
+    out, errors, status = fid_command(monkeypatch, capsys, folder / "png", folder / "ref.npz", *words)
+    assert status == 0 and not errors and abs(float(re.search(r"pixel distance (\S+)", out)[1])) < 1e-6
+    digest = hashlib.sha256((folder / "ref.npz").read_bytes()).hexdigest()
+    assert digest in out and '"cfg": 2.5' in out and "12 images" in out and "FID" not in out
+    np.savez(folder / "dark.npz", arr_0=(images // 2).permute(0, 2, 3, 1).numpy())
+    said = [fid_command(monkeypatch, capsys, folder / "dark.npz", folder / name, *words)[0]
+            for name in ("ref.npz", "packed.npy")]
+    distances = [float(re.search(r"pixel distance (\S+)", text)[1]) for text in said]
+    assert distances[0] > 1 and distances[1] == pytest.approx(distances[0], rel=1e-5)
+
+
+def test_fid_of_few_images_comes_with_a_warning(capsys):
+    """Fewer than 2,048 of either; published references do not tell, and the pixel distance needs none."""
+    reference = fid.Reference("ref.npz", None, None)
+    for result, n, warns in (({"fid": 3.0, "n": 2047}, None, True), ({"fid": 3.0, "n": 2048}, None, False),
+                             ({"fid": 3.0, "n": 9999}, 2047, True),
+                             ({"pixel_distance": 3.0, "n": 9}, None, False)):
+        fid.show(result, reference._replace(n=n), fid.WEIGHTS)
+        out = capsys.readouterr().out
+        assert ("warning" in out) == warns and ("FID" in out) == ("fid" in result)
+
+
+def damage(folder):
+    """Files that no evaluation must accept, each with what its error has to name."""
+    stored, eye = (folder / "stored.npz").read_bytes(), np.eye(768)
+    (folder / "cut.npz").write_bytes(stored[:-2000])
+    (folder / "flipped.npz").write_bytes(stored[:2000] + bytes([stored[2000] ^ 1]) + stored[2001:])
+    (folder / "text.npz").write_text("hello")
+    (folder / "text.npy").write_text("hello")
+    np.savez(folder / "empty.npz", other=eye)
+    np.savez(folder / "float.npz", arr_0=np.zeros((4, 8, 8, 3)))
+    np.savez(folder / "grey.npz", arr_0=np.zeros((4, 8, 8), dtype=np.uint8))
+    np.savez(folder / "pickled.npz", mu=np.array([{}], dtype=object), sigma=eye)
+    np.savez(folder / "half.npz", mu=np.zeros(768))
+    np.savez(folder / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(folder / "nan.npz", mu=np.zeros(768), sigma=eye * np.nan)
+    np.savez(folder / "other.npz", mu=np.zeros(768), sigma=eye, features="inception")
+    np.savez(folder / "size.npz", mu=np.zeros(768), sigma=eye, features="pixels", image_size=64)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10 ** 9, 512, 512, 3)})
+    with zipfile.ZipFile(folder / "huge.npz", "w") as file:
+        file.writestr("arr_0.npy", header.getvalue() + b"0" * 100)
+    (folder / "one").mkdir()
+    Image.new("RGB", (40, 40)).save(folder / "one" / "a.png")
+    np.savez(folder / "one.npz", arr_0=np.zeros((1, 40, 40, 3), dtype=np.uint8))
+
+
+UNFIT = {"nowhere.npz": "No such file", "cut.npz": "zip", "flipped.npz": "CRC", "text.npz": "zip",
+         "text.npy": "not a readable array", "empty.npz": "arr_0", "float.npz": "float64",
+         "grey.npz": r"\(4, 8, 8\)", "pickled.npz": "allow_pickle=False", "half.npz": "sigma",
+         "small.npz": r"\(64,\)", "nan.npz": "not finite", "other.npz": "inception",
+         "size.npz": "made at 64x64 px, the samples have 40x40", "huge.npz": "1,000,000,000",
+         "one": "1 images", "one.npz": "1 images"}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_samples_and_references_get_one_line(samples, monkeypatch, capsys, name):
+    """As a reference and as samples; exit status 2."""
+    folder, _ = samples
+    damage(folder)
+    good, bad = folder / "png", folder / name
+    for pair in [(good, bad)] if name == "size.npz" else [(good, bad), (bad, good)]:
+        _, errors, status = fid_command(monkeypatch, capsys, *pair, "--features", "pixels", "--batch_size", 5)
+        assert status == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
+        assert name in errors[0] and re.search(UNFIT[name], errors[0]), errors
+
+
+def test_images_of_two_sizes_are_both_named(samples, monkeypatch, capsys):
+    """Met while reading ahead in a thread."""
+    folder, _ = samples
+    Image.new("RGB", (40, 41)).save(folder / "png" / "0" / "004.png")
+    words = (folder / "png", folder / "stored.npz", "--features", "pixels")
+    _, errors, status = fid_command(monkeypatch, capsys, *words)
+    assert status == 2 and len(errors) == 1
+    assert "004.png is 40x41" in errors[0] and "000.png is 40x40" in errors[0]
+
+
+def test_other_weights_are_refused(samples, inception, monkeypatch, capsys):
+    """A file of another hash; --any_weights takes it and says so; such a reference fits these alone."""
+    folder, _ = samples
+    torch.save(inception.state_dict(), folder / "random.pth")
+    words = ("--make_ref", folder / "png", "--image_size", 40, "--out", folder / "ref.npz",
+             "--weights", folder / "random.pth")
+    _, errors, status = fid_command(monkeypatch, capsys, *words)
+    assert status == 2 and len(errors) == 1 and "random.pth: not FID's weights" in errors[0]
+    assert fid_command(monkeypatch, capsys, *words, "--any_weights")[2] == 0
+    words = (folder / "png", folder / "ref.npz", "--any_weights", "--weights")
+    out, _, status = fid_command(monkeypatch, capsys, *words, folder / "random.pth")
+    assert status == 0 and "WARNING: not FID's own" in out
+    assert abs(float(re.search(r"FID (\S+)", out)[1])) < 1e-6
+    state = inception.state_dict()
+    torch.save({**state, "fc.bias": state["fc.bias"] + 1}, folder / "others.pth")
+    out, errors, status = fid_command(monkeypatch, capsys, *words, folder / "others.pth")
+    assert status == 2 and len(errors) == 1 and "made with other weights" in errors[0]
+    torch.save({"conv": torch.zeros(3)}, folder / "alien.pth")
+    with pytest.raises(UserError, match="alien.pth: not FID's Inception"):
+        fid.Inception(folder / "alien.pth")
+
+
+def test_weights_are_downloaded_once_and_only_if_right(tmp_path, monkeypatch):
+    """A wrong answer is not stored, the second address is asked; without network one line tells where."""
+    right, answers, asked = b"the weights", {}, []
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        if url not in answers:
+            raise OSError("no network")
+        return io.BytesIO(answers[url])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(fid, "WEIGHTS", hashlib.sha256(right).hexdigest())
+    with pytest.raises(UserError, match="no network.*https://github.com.*--weights"):
+        fid.make_extractor("inception")
+    answers = {fid.URLS[0]: b"a login page", fid.URLS[1]: right}
+    path = fid.find_weights()
+    assert path.read_bytes() == right and asked == [*fid.URLS] * 2
+    assert fid.find_weights() == path and len(asked) == 4
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Faults: interruptions, numbers that are not finite, files that are not what they say
 
@@ -1152,3 +1586,45 @@ def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
         (tmp_path / name).write_bytes(whole[name])
         openers[name](tmp_path / name)
     assert refused > i / 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# README.md
+
+def readme_commands():
+    """Every call of one of our scripts in the README's bash blocks, as [script, flag, ...]; loops at first value."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)).replace("\\\n", " ")
+    for name, value in re.findall(r"for (\w+) in (\S+)", text):
+        text = text.replace(f"${name}", value)
+    return [shlex.split(call, comments=True) for call in
+            re.findall(r"(?:python|torchrun|-\S+)[ =](?:HOST:29500 )?(\w+\.py[^;&|\n]*)", text)]
+
+
+def test_every_readme_command_is_understood(tmp_path, monkeypatch, capsys):
+    """Its script parses its flags; each train.py among them does a dry run on small stand-ins for the data."""
+    for name in ("imagenet/train", "photos", "latents"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "a.png")
+    np.save(tmp_path / "imagenet256.npy", np.zeros(2, [("image", "u1", (3, 256, 256)), ("label", "<i8")]))
+    for name, shape in (("latents", (2, 32, 16, 16)), ("latents_flip", (2, 32, 16, 16)), ("labels", 2)):
+        random = np.random.RandomState(0).standard_normal(shape).astype(np.float16)
+        np.save(tmp_path / "latents" / f"{name}.npy", random if name != "labels" else np.zeros(2, np.int64))
+    (tmp_path / "latents" / "meta.json").write_text(json.dumps(
+        {"mean": [0.0] * 32, "std": [1.0] * 32, "classes": ["a"], "image_size": 256}))
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert len(commands) >= 25 and {words[0] for words in commands} == {
+        "train.py", "sample.py", "fid.py", "data.py", "objective.py", "test_all.py"}
+    for script, *flags in commands:
+        if script == "test_all.py":
+            continue
+        module = importlib.import_module(script[:-3])
+        if script == "train.py":
+            for flag in ("--tokenizer", "--fid_every", "--fid_ref"):               # files that only a user has
+                if flag in flags:
+                    del flags[flags.index(flag):flags.index(flag) + 2]
+            monkeypatch.setattr(sys, "argv", [script, *flags, "--dry_run"])
+            module.main()
+        elif script in ("sample.py", "fid.py", "data.py"):
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            module.parse()

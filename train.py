@@ -566,7 +566,8 @@ def main():
     device, rank, _ = setup(args.device)
     data, codec, config, per_epoch = prepare(args, device)
     torch.manual_seed(args.seed)
-    kdiff = assemble(config)
+    with torch.device("meta" if args.dry_run else "cpu"):                 # a dry run needs no weights
+        kdiff = assemble(config)
     gflops = gmacs(kdiff.net)
     describe(args, config, kdiff, gflops, per_epoch)
     if args.dry_run:
