@@ -39,15 +39,31 @@ class UserError(Exception):
     """Something the user can mend: one line naming the flag or file, the value and the remedy."""
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help texts that end with the default in force."""
+
+    def _get_help_string(self, action):
+        plain = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        return action.help + ("" if plain else " (default: %(default)s)")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, like every other error of ours."""
 
     def __init__(self, doc, **kw):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)
+        super().__init__(description=doc, formatter_class=Help, **kw)
 
     def error(self, message):
-        """What argparse calls; UserError, always."""
+        """Raise a UserError where argparse would print its usage."""
         raise UserError(f"{message} (see --help)")
+
+
+def check_ranges(args, **least):
+    """UserError for a flag of args below its least value, or not a number; flags that are None pass."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise UserError(f"--{name} {value}: at least {low}")
 
 
 def run(main):
@@ -56,10 +72,10 @@ def run(main):
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError, OSError) as error:
         text = str(error).rstrip().splitlines()[-1] if isinstance(error, UserError) else run_failure(error)
-        if RANK == 0 or getattr(run, "each_for_itself", False):
-            # from a loader's worker an error arrives wrapped in the worker's traceback: its last line is the error
+        if LOCAL_RANK == 0 or getattr(run, "each_for_itself", False):
+            # from a loader's worker an error comes wrapped in a traceback: its last line is the error
             print("error:", text.rpartition("UserError: ")[2], file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
@@ -67,7 +83,9 @@ def run(main):
 
 
 def run_failure(error):
-    """One line for a RuntimeError that is no bug of ours: memory, a lost worker or process. Raises any other."""
+    """One line for an error that is no bug of ours: a path, memory, a lost process. Raises any other."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
     if "DataLoader worker" in str(error):
@@ -88,7 +106,7 @@ def setup(device=None):
     if device.type == "cuda":
         if device.index is None:
             count = torch.cuda.device_count()
-            if LOCAL_RANK >= count:
+            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
                 raise UserError(f"--nproc_per_node is larger than the {count} GPUs of this machine")
             device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
@@ -139,9 +157,11 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                      # torch.save's full disk is a RuntimeError
+    except BaseException as error:                      # torch.save's full disk is a RuntimeError
         temporary.unlink(missing_ok=True)
         message = f"{path} could not be written, whatever it held before is intact: {error}"
+        if not isinstance(error, (OSError, RuntimeError)):        # torch.save's full disk is the latter
+            raise
         raise UserError(message.splitlines()[0])
 
 
@@ -242,10 +262,9 @@ def list_images(folder):
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
+        chain = {os.path.realpath(parent) for parent in (here, *Path(here).parents)}
         for f in folders:
-            link = os.path.join(here, f)
-            real, there = os.path.realpath(here), os.path.realpath(link)
-            if os.path.islink(link) and os.path.commonpath([real, there]) == there:
+            if os.path.islink(link := os.path.join(here, f)) and os.path.realpath(link) in chain:
                 raise UserError(f"{link}: a link in a circle; remove it")
         found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
     if not found:
@@ -257,7 +276,9 @@ def list_images(folder):
 def read_image(path):
     """The file as an upright RGB image. UserError naming it where it cannot be read, whatever the reason."""
     try:
+        assert os.path.isfile(path), "no such file"                   # nor a pipe, which would wait for ever
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
+            assert max(image.size) <= 100 * min(image.size), "over 100 times as long as wide"
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                            # 16-bit grey; convert() would clip it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
@@ -310,9 +331,11 @@ class ImageFolder(Dataset):
 
 
 def class_names(meta, labels, path):
-    """The names of the classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
+    """The names of classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
     low, high = int(labels.min()), int(labels.max())
     names = meta.get("classes") or [str(i) for i in range(min(high + 1, 1_000_000))]
+    if not isinstance(names, list):
+        raise UserError(f"{path}: its class names are no list")
     if low < 0 or high >= len(names) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: its labels, {low} to {high}, do not fit its {len(names)} classes")
     return names
@@ -346,7 +369,10 @@ class Packed(Dataset):
 def open_array(path):
     """A .npy file as a read-only memory map; UserError where it is damaged."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        assert isinstance(array, np.memmap) and array.ndim, "not one array in a .npy file"
+        assert array.offset + array.nbytes == os.path.getsize(path), "its size is not what its header says"
+        return array
     except Exception as error:                                        # numpy raises many kinds on bad bytes
         raise UserError(f"{path}: not a readable array ({str(error).splitlines()[0]})") from None
 
@@ -632,8 +658,11 @@ def reserve(path, dtype, shape):
     with open(path, "wb") as file:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
+        size = file.tell() + np.dtype(dtype).itemsize * math.prod(shape)
         try:
-            os.posix_fallocate(file.fileno(), 0, file.tell() + np.dtype(dtype).itemsize * math.prod(shape))
+            if hasattr(os, "posix_fallocate"):                    # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
         except OSError as error:
             raise UserError(f"--out {path.parent}: no room for the latents ({error.strerror})") from None
 
@@ -673,6 +702,7 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
     tokenizer = tokenizer.to(device)
     sums = torch.zeros(3, shape[1], dtype=torch.float64)          # sum, sum of squares, count, per channel
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
+    run.each_for_itself = True                     # a damaged image is met by one process alone
     for images, labels in read_in_batches(data, mine, batch_size):
         i = mine.start + done
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
@@ -716,7 +746,9 @@ def parse():
     add("--batch_size", type=int, default=32, help="images at a time on each process (default 32)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="the tokenizer's")
     add("--device", help="default: cuda, else cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_ranges(args, image_size=1, **({"batch_size": 1} if args.command == "encode" else {}))
+    return args
 
 
 def main():

@@ -54,9 +54,8 @@ class RoPE(nn.Module):
 
     def forward(self, tokens):
         """The tables' last rows as `rotate` takes them: cos and (-sin, sin), each (tokens, 1, h/2, 2)."""
-        sign = torch.tensor([-1.0, 1.0], device=self.freqs_sin.device)
         cos, sin = (a[-tokens:, None].unflatten(-1, (-1, 2)) for a in (self.freqs_cos, self.freqs_sin))
-        return cos, sin * sign
+        return cos, torch.stack([-sin[..., 0], sin[..., 1]], dim=-1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, table in self.named_buffers():
@@ -197,7 +196,7 @@ class Transformer(nn.Module):
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
 
     def run(self, block, *inputs):
-        """The block's output; with `checkpointing` the backward pass computes its activations again: less memory."""
+        """The block's output; with `checkpointing` the backward pass computes its activations again."""
         return checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
 
     def initialize(self):

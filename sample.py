@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import model
-from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, in_short, print0, progress,
+from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, check_ranges, in_short,
+                  print0, progress,
                   read_tensors, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
 
@@ -68,11 +69,23 @@ def integrate(velocity, z, steps=50, solver="heun"):
     return z
 
 
-def autocast(device, dtype=None):
-    """Autocast to dtype "bfloat16" or "float32" (none); None: bfloat16 on GPUs that have it in hardware."""
+def precision(device, dtype=None):
+    """The dtype of autocast: as asked, or "bfloat16" on GPUs that have it in hardware, else "float32"."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    bf16 = bf16 if dtype is None else dtype == "bfloat16"
+    return dtype or ("bfloat16" if bf16 else "float32")
+
+
+def autocast(device, dtype=None):
+    """A context in which matrix products run at that precision; for float32 it does nothing."""
+    bf16 = precision(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def compile_blocks(net):
+    """Compile each block in place: no prefix in checkpoints, and DDP's communication still overlaps."""
+    torch._dynamo.config.recompile_limit = 64         # blocks share one code, each shape of tokens is a graph
+    for block in net.blocks:
+        block.compile(dynamic=False)
 
 
 @torch.no_grad()
@@ -170,12 +183,17 @@ def read_weights(path, ema=None, model=None):
     """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
     file = read_tensors(path)
     try:
+        if not isinstance(file, dict):
+            raise TypeError
         if "config" not in file or "data" not in file:
             weights, ema = published_weights(file, ema)
             config = published_config(weights, model)
             state = {"classes": [str(i) for i in range(config["num_classes"])]}
             return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch"), ema
         config = file["config"]
+        needed = {"cfg", "interval", "space", "net_size", "ema_default"}
+        if not needed <= set(config) or not isinstance(file["data"]["classes"], list):
+            raise TypeError
         if model and model != config["model"]:
             raise UserError(f"--model {model}: {path} holds a {config['model']}")
         ema = ema or config["ema_default"]
@@ -289,7 +307,7 @@ def read_log(run_folder, column):
 
 
 def print_table(runs):
-    """Print what runs learned, their loss (mean of the log's last fifth) and distance; +- std over NAME-seedN."""
+    """Print what runs learned, loss (mean of the log's last fifth) and distance; +- std over NAME-seedN."""
     groups, columns = {}, ("k", "k1", "k2", "loss", "pixel_distance")
     for folder in map(Path, runs):
         groups.setdefault(folder.name.rpartition("-seed")[0] or folder.name, []).append(folder)
@@ -317,12 +335,12 @@ def draw_k_of_t(kdiff, path):
 # Samples for evaluation
 
 def write_samples(batches, n, size, out, settings):
-    """Write n samples of size px, made by all processes, to out: an .npz (arr_0, arr_1, settings) or a folder."""
+    """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings) or a folder."""
     out = Path(out)
     if out.suffix != ".npz":
         return write_folder(batches, out, settings)
     parts = {name: out.with_name(f"{out.name}.{name}.tmp.npy") for name in ("arr_0", "arr_1", "settings")}
-    if RANK == 0:                                         # all processes write into these, then they are zipped
+    if RANK == 0:                                         # all processes write into these, to be zipped
         out.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(parts["arr_0"], "w+", np.uint8, (n, size, size, 3))
         np.lib.format.open_memmap(parts["arr_1"], "w+", np.int64, (n,))
@@ -346,7 +364,7 @@ def write_samples(batches, n, size, out, settings):
 
 
 def write_folder(batches, out, settings):
-    """Write samples as PNGs named by index and label, and last their settings; refuses a folder that holds any."""
+    """Write samples as PNGs named by index and label, and last their settings; refuses a folder in use."""
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out {out} holds files already; remove it or choose another")
     barrier()
@@ -363,11 +381,11 @@ def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""
     chosen = []
     for word in text.split(","):
-        if word not in names and not (word.isdigit() and int(word) < len(names)):
+        if word not in names and not (word.isdecimal() and int(word) < len(names)):
             listed = f" ({', '.join(names)})" if len(names) <= 20 else ""
             raise UserError(f"--classes {word}: not a label of this checkpoint, "
                             f"which has 0 to {len(names) - 1}{listed}")
-        chosen.append(int(word) if word.isdigit() and word not in names else names.index(word))
+        chosen.append(int(word) if word.isdecimal() and word not in names else names.index(word))
     return chosen
 
 
@@ -392,6 +410,7 @@ def parse():
     add("--tokenizer", help="VA-VAE weights file, for latent checkpoints")
     add("--stats", help="latents_stats.pt, for published latent checkpoints")
     add("--device", help="default: cuda, else cpu")
+    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where GPUs have it)")
     add("--fid", metavar="REF", help="evaluate against this reference (see fid.py)")
     add("--features", choices=("inception", "pixels"), default="inception",
         help="for --fid (default inception)")
@@ -399,9 +418,11 @@ def parse():
     add("--table", action="store_true", help="tabulate the runs given, by name without -seedN")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
-    for name in ("n", "steps", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    check_ranges(args, n=1, steps=1, batch_size=1)
+    if args.out and Path(args.out).suffix not in ("", ".png", ".npz"):
+        raise UserError(f"--out {args.out}: a .png, an .npz or a folder")
+    if args.fid and args.out:
+        raise UserError("--fid measures samples without writing them: leave out --out")
     return args
 
 
@@ -412,7 +433,9 @@ def main():
         return print_table(args.checkpoint)
     if args.plot:
         out = args.out or f"{args.plot}.png"
-        curves = {Path(folder).name: read_log(folder, args.plot) for folder in args.checkpoint}
+        names = [Path(folder).name for folder in args.checkpoint]
+        names = names if len(set(names)) == len(names) else args.checkpoint
+        curves = {name: read_log(folder, args.plot) for name, folder in zip(names, args.checkpoint)}
         draw_curves([(args.plot, "step", curves)], out)
         return print0(f"wrote {out}")
     if len(args.checkpoint) > 1:
@@ -426,25 +449,25 @@ def main():
     if not it.codec.decodes:
         raise UserError(f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
     if device.type == "cuda":
-        for block in it.kdiff.net.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(it.kdiff.net)
     grid = not args.fid and (args.out is None or args.out.endswith(".png"))
     classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
     classes = classes[:8] if grid and not args.classes else classes
     how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
                interval=args.interval or it.config["interval"],
-               steps=args.steps, solver=args.solver, seed=args.seed)
+               steps=args.steps, solver=args.solver, seed=args.seed, dtype=args.dtype)
     settings = dict(checkpoint=str(path), step=it.step, ema=it.ema, model=it.config["model"],
-                    net_size=it.config["net_size"], **how)
+                    net_size=it.config["net_size"], **how | {"dtype": precision(device, args.dtype)})
     n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
+    run.each_for_itself = True
     print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
            + " | ".join(f"{key} {value}" for key, value in how.items()))
     if grid and RANK == 0:
         columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
-        labels = [classes[j // columns] for j in range(n)]
+        labels = [c for c in classes for _ in range(columns)]                  # whole rows
         images = sample_all(it.kdiff, it.codec, labels, args.batch_size, **how)
         draw_grid(images, [it.classes[c] for c in classes], out, columns)
-        print0(f"wrote {out}: {n} samples")
+        print0(f"wrote {out}: {len(labels)} samples")
     if grid:
         return
     batches = generate_split(it.kdiff, it.codec, classes, n, args.batch_size, **how)

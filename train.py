@@ -9,9 +9,13 @@ The same command again resumes from its last checkpoint. Everything that is set 
 """
 import argparse
 import csv
+import io
+import math
 import os
+import shutil
 import signal
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,11 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fid
 from data import (VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes,
-                  UserError, barrier, duration, in_short, open_dataset, print0, read_tensors, run, seed_of, setup,
-                  write_atomically)
+                  UserError, barrier, check_ranges, duration, in_short, open_dataset, print0, read_tensors,
+                  run, seed_of, setup, write_atomically)
 from model import gmacs
-from sample import (assemble, autocast, draw_curves, draw_grid, draw_k_of_t, generate_split, pack_codec,
-                    read_log, read_weights, sample_all)
+from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_t, generate_split,
+                    pack_codec, precision, read_log, read_weights, sample_all)
 
 PRESETS = {  # Table 4      latent                 pixel
     "model":               ("LightningDiT-XL/1",   "JiT-B/16"),       # JiT-B/32 at 512 px
@@ -67,7 +71,7 @@ PCA = dict(factor=8, channels=16)     # the latent demo's tokenizer
 
 # What a run may change when it is resumed; any other difference is refused.
 HARMLESS = {"out", "steps", "epochs", "device", "dtype", "compile", "activation_checkpointing", "micro_batch",
-            "workers", "log_every", "save_every", "sample_every", "keep", "samples", "sample_steps", "cfg",
+            "processes", "workers", "log_every", "save_every", "sample_every", "keep", "samples", "sample_steps", "cfg",
             "interval", "init", "data", "tokenizer", "lr", "k_lr", "clip", "warmup_epochs", "ema_default",
             "bench", "dry_run", "fid_every", "fid_ref", "fid_samples", "features", "weights"}
 
@@ -104,23 +108,24 @@ def defaults():
     except UserError:                                           # a value of the wrong kind: parse() says so
         return preset("pixel", True), True
     space = known.space if known.space in ("pixel", "latent") else "pixel"
-    return preset(space, known.data is None, known.image_size, known.target or "k"), known.data is None
+    demo = known.data in (None, "shapes")
+    return preset(space, demo, known.image_size, known.target or "k"), demo
 
 
 def make_parser(demo):
     """The flags; most of their defaults are the preset's."""
     parser = Parser(__doc__, allow_abbrev=False)
     add, yes_no = parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
-    add("--space", choices=("pixel", "latent"), default="pixel")
+    add("--space", choices=("pixel", "latent"), default="pixel", help="of the data: the column of Table 4")
     add("--out", help="folder of checkpoints, log and pictures (default out/SPACE[-TARGET])")
     add("--steps", type=int, help="optimiser steps in all (default: from --epochs)")
     add("--epochs", type=float, help="passes over the data in all")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order, noise, pictures")
     add("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     add("--dry_run", action="store_true", help="print what would be done, and stop")
     add("--bench", type=int, metavar="N", help="time N steps on resident data, and stop")
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="folder of images or latents, or a packed array (default: built-in shapes, the demo)")
+    add("--data", help="folder of images or latents, or a packed array (default: shapes, the built-in demo)")
     add("--image_size", type=int, help="pixels")
     add("--flip", action=yes_no, default=True, help="mirror images of --data at random")
     add("--workers", type=int, default=0 if demo else min(8, (os.cpu_count() or 1) // WORLD),
@@ -134,7 +139,7 @@ def make_parser(demo):
     add("--target", default="k", help="x, v, eps, k, two, time, or a number in [0, 1]: k, fixed")
     add("--loss", choices=("v", "u", "x", "eps"), default="v", help="the variable whose error is squared")
     add("--t_mean", type=float, help="of the normal whose sigmoid is t")
-    add("--t_std", type=float)
+    add("--t_std", type=float, help="of the same")
     add("--noise_scale", type=float, help="standard deviation of the noise")
     add("--tau", type=float, help="least Delta in the division")
     add("--label_drop", type=float, help="probability of training without the label")
@@ -181,9 +186,11 @@ def parse():
     parser = make_parser(demo)
     parser.set_defaults(**values)
     args = parser.parse_args()
-    for name in ("batch_size", "log_every", "save_every", "micro_batch", "image_size", "steps", "bench"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    args.data = None if args.data == "shapes" else args.data
+    check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1, bench=1,
+                 epochs=0, sample_every=0, samples=0, sample_steps=1, keep=0, workers=0, fid_every=0,
+                 fid_samples=2, lr=0, k_lr=0, clip=0, warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0,
+                 tau=0)
     if args.fid_every and not args.fid_ref:
         raise UserError("--fid_every needs --fid_ref: statistics made by `python fid.py --make_ref`")
     if args.tau == 0 and (args.target == "eps" or number(args.target) == 0):
@@ -210,6 +217,8 @@ def open_data(args):
             raise UserError(f"--data {args.data} holds latents: pass --space latent")
         return data, Codec()
     if demo:
+        if args.image_size % PCA["factor"]:
+            raise UserError(f"--image_size {args.image_size} is no multiple of the patches' {PCA['factor']} px")
         images = torch.stack([data[i][0] for i in range(1024)]).float() / 127.5 - 1
         tokenizer = PatchPCA.fit(images, **PCA)
         z = tokenizer.encode(images)
@@ -280,9 +289,9 @@ class Step:
         self.sums = torch.zeros(3, device=device)        # since the last log line: steps, loss, norm
         self.skipped = torch.zeros(3, dtype=torch.int64, device=device)    # in all, in a row, longest row
         if args.compile:
-            for block in kdiff.net.blocks:               # in place: no prefix in checkpoints, DDP overlaps
-                block.compile(dynamic=False)
+            compile_blocks(kdiff.net)
         kdiff.net.checkpointing = args.activation_checkpointing
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")     # renamed in torch 2.13
         self.model = kdiff if WORLD == 1 else DistributedDataParallel(
             kdiff, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
             gradient_as_bucket_view=True)
@@ -322,7 +331,8 @@ class Step:
         steps, loss, norm = (sums / WORLD).tolist()
         self.sums.zero_()
         total, _, longest = self.skipped.tolist()
-        return loss / max(steps, 1), norm / max(steps, 1), total, longest
+        steps = steps or math.nan                        # where every step was skipped there is no mean
+        return loss / steps, norm / steps, total, longest
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -346,10 +356,27 @@ def save(path, step, it, config, data_state, keep):
     write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
     if keep:
         older = path.with_name(f"ckpt-{step:08}.pt")
-        older.unlink(missing_ok=True)
-        os.link(path, older)
+        write_atomically(older, lambda temporary: link_or_copy(path, temporary))
         for old in sorted(path.parent.glob("ckpt-*.pt"))[:-keep - 1]:
             old.unlink()
+
+
+def agree(start, out):
+    """UserError where the processes resume at different steps: their machines see different folders."""
+    ends = torch.tensor([start, -start])
+    if WORLD > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise UserError(f"--out {out} is not the same folder on all machines: share it")
+
+
+def link_or_copy(source, target):
+    """A second name for a file, or its copy where the file system has no hard links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def resume(path, it, config):
@@ -357,12 +384,12 @@ def resume(path, it, config):
     file = read_tensors(path)
     try:
         before = file["config"]
-        for key in sorted({*config, *before}):
-            if before.get(key) == config.get(key):
-                continue
-            if key not in HARMLESS:
-                raise UserError(f"--out {path.parent} holds a run with {key} {before.get(key)}, "
-                                f"not {config.get(key)}: name another --out, or remove it")
+        differs = [key for key in {**config, **before} if before.get(key) != config.get(key)]
+        first = ("model", "target", "fingerprint")
+        for key in sorted(set(differs) - HARMLESS, key=lambda key: key not in first):
+            what = "other data" if key == "fingerprint" else f"{key} {before.get(key)}, not {config.get(key)}"
+            raise UserError(f"--out {path.parent} holds a run with {what}: name another --out, or remove it")
+        for key in differs:
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
         it.kdiff.load_state_dict(file["model"])
         names = [name for name, p in it.kdiff.named_parameters() if p.requires_grad]
@@ -387,6 +414,7 @@ class Interrupt:
         """The handler of the signals."""
         self.signal = self.signal or number
         if self.at_once:
+            print0(f"stopped by signal {self.signal}; the step is saved: the same command continues")
             self.leave()
 
     def leave(self):
@@ -418,12 +446,13 @@ class Log:
             with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file)
                         if (row["step"] or "x").isdigit() and int(row["step"]) <= step]
-        path.unlink(missing_ok=True)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS, extrasaction="ignore")
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-        self.file.flush()
 
     def row(self, **values):
         """Write values, by column, at once."""
@@ -449,8 +478,10 @@ def show(args, it, codec, data, step, last):
     panels = [("loss",), names, ("fid",), ("pixel_distance",)]
     curves = [(" and ".join(panel), "step", {name: read_log(out, name) for name in panel})
               for panel in panels]
-    draw_curves([panel for panel in curves if any(xs for xs, _ in panel[2].values())], out / "curves.png")
-    written.append(out / "curves.png")
+    curves = [panel for panel in curves if any(xs for xs, _ in panel[2].values())]
+    if curves:                                           # none before the first line of the log
+        written.append(out / "curves.png")
+        draw_curves(curves, written[-1])
     if args.target == "time":
         draw_k_of_t(it.kdiff, out / "k_of_t.png")
         written.append(out / "k_of_t.png")
@@ -466,9 +497,10 @@ def evaluate(args, it, codec, data, extractor, reference):
         measured = ((images, indices[0]) for images, _, indices in samples)
         result = fid.evaluate(measured, extractor, reference, it.device)
         it.kdiff.train()
+    fid.show(result, reference, extractor.sha256, dict(
+        ema=args.ema_default, cfg=args.cfg, interval=args.interval, solver="heun", steps=50, seed=0,
+        dtype=precision(it.device, args.dtype)))
     result = {"is" if name == "is_mean" else name: value for name, value in result.items()}
-    print0(" | ".join(f"{name} {value:,.5g}" for name, value in result.items())
-           + f" | EMA {args.ema_default} | cfg {args.cfg} | interval {args.interval} | 50 Heun steps")
     return result
 
 
@@ -527,7 +559,7 @@ def prepare(args, device):
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
         "net_size": args.image_size if pixel else args.image_size // (codec.tokenizer or VAVAE).factor,
         "in_channels": 3 if pixel else codec.mean.shape[1], "num_classes": len(data.classes),
-        "fingerprint": fingerprint(data)}
+        "fingerprint": fingerprint(data), "processes": WORLD}
     return data, codec, config, per_epoch
 
 
@@ -543,6 +575,21 @@ def describe(args, config, kdiff, gflops, per_epoch):
            f"x {args.batch_size // WORLD // args.micro_batch} micro batches x {args.micro_batch} images")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     print0(f"writes to {args.out}")
+
+
+def start_from(path, kdiff, args):
+    """Load a checkpoint's network, ours or published, and its w where the target is the same."""
+    source, weights, *_ = read_weights(path)
+    try:
+        kdiff.net.load_state_dict({key.removeprefix("net."): value for key, value in weights.items()
+                                   if key.startswith("net.")})
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"--init {path}: not a {args.model} for this data ({in_short(error)})") from None
+    if source["target"] == args.target:
+        kdiff.load_state_dict(weights)
+    else:
+        print0(f"--init {path} predicts {source['target']}, this run {args.target}: "
+               "its output is read as another variable until training has adapted it")
 
 
 def batches(data, args, start, device):
@@ -573,30 +620,30 @@ def main():
     if args.dry_run:
         return
     if args.init:
-        weights = read_weights(args.init)[1]
-        try:
-            kdiff.net.load_state_dict({key.removeprefix("net."): value for key, value in weights.items()
-                                       if key.startswith("net.")})
-        except RuntimeError as error:
-            raise UserError(f"--init {args.init}: not a {args.model} for this data ({in_short(error)})")
+        start_from(args.init, kdiff, args)
     kdiff, codec, tokenizer = kdiff.to(device).train(), codec.to(device), args.tokenizer
     it = Step(kdiff, codec, args, device)
     if args.fid_every:
-        extractor = fid.make_extractor(args.features, args.weights, device)
-        reference = fid.load_reference(args.fid_ref, args.features)
         if not codec.decodes:
             raise UserError("--fid_every needs --tokenizer to make images of latents")
+        extractor = fid.make_extractor(args.features, args.weights, device)
+        reference = fid.load_reference(args.fid_ref, args.features)
+        reference.check((args.image_size,) * 2, extractor.sha256)
     if args.bench:
         return bench(it, args, data, gflops)
 
     args.out.mkdir(parents=True, exist_ok=True)
     path, start = args.out / "ckpt.pt", 0
+    due = lambda step: args.fid_every and step > 0 and (step % args.fid_every == 0 or step == args.steps)
+    missed = False
     if path.exists():
         start = resume(path, it, config)
-        if start >= args.steps:
+        missed = due(start) and start not in read_log(args.out, extractor.key)[0]      # killed while it was
+        if start >= args.steps and not missed and (not args.samples or (args.out / "samples.png").exists()):
             return print0(f"{path} is finished at step {start:,}: nothing to do "
                           "(--steps for more, --out for another run)")
         print0(f"resuming from {path} at step {start:,}")
+    agree(start, args.out)
     if args.ema_default != str(max(args.ema)) or float(args.ema_default) ** args.steps >= 0.01:
         print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps "
                f"and the run has {args.steps:,}: pictures show {args.ema_default}; --ema sets others")
@@ -605,17 +652,26 @@ def main():
     interrupt, run.each_for_itself = Interrupt(), True    # from here on a process reports what it alone meets
     warmup, share, saved = args.warmup_epochs * per_epoch, args.batch_size // WORLD, start
     began = ticked = time.time()
+    logged = start
+
+    def evaluate_and_log(step):
+        interrupt.at_once = True                         # the step is saved, a resumed run evaluates again
+        result = evaluate(args, it, codec, data, extractor, reference)
+        if log:
+            log.row(step=step, epoch=f"{step / per_epoch:.4f}", **result)
+        interrupt.at_once = False
+    if missed:
+        evaluate_and_log(start)
     for step, (batch, labels) in enumerate(batches(data, args, start, device), start):
         seeds = [seed_of(args.seed, step, position) for position in range(rank * share, (rank + 1) * share)]
         warm = min(1.0, (step + 1) / max(warmup, 1))
         it(batch, labels, seeds, warm)
         step += 1
         leave = interrupt.anywhere()
-        evaluates = args.fid_every and (step % args.fid_every == 0 or step == args.steps)
         if step % args.log_every == 0 or step == args.steps or leave:
             loss, grad, skipped, longest = it.read()
-            speed = ((step - 1) % args.log_every + 1) * args.batch_size / (time.time() - ticked)
-            ks, ticked = {name: k.item() for name, k in kdiff.ks().items()}, time.time()
+            speed = (step - logged) * args.batch_size / (time.time() - ticked)
+            ks, ticked, logged = {name: k.item() for name, k in kdiff.ks().items()}, time.time(), step
             left = duration((ticked - began) / (step - start) * (args.steps - step))
             print0(f"step {step:,}/{args.steps:,} | epoch {step / per_epoch:.1f} | loss {loss:.4f} | "
                    + " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
@@ -628,10 +684,11 @@ def main():
                         lr=f"{args.lr * warm:.6g}", grad=f"{grad:.6g}", img_per_s=f"{speed:.1f}",
                         skipped=skipped, **{name: f"{k:.6f}" for name, k in ks.items()})
             if longest >= 10:
+                run.each_for_itself = False                      # all processes meet this one
                 raise UserError("10 steps in a row had a loss or gradient that is not finite; "
                                 f"{path} at step {saved} is intact: "
                                 "try a lower --lr, --clip 1, --qk_norm or --dtype float32")
-        if step % args.save_every == 0 or step == args.steps or leave or evaluates:
+        if step % args.save_every == 0 or step == args.steps or leave or due(step):
             save(path, step, it, config, state, args.keep)
             saved = step
         if leave:
@@ -639,15 +696,12 @@ def main():
             print0(f"stopped by signal {interrupt.signal} after step {step:,}, saved in {path}: "
                    "the same command continues")
             interrupt.leave()
-        if evaluates:
-            interrupt.at_once = True                         # what follows can be repeated: the step is saved
-            result = evaluate(args, it, codec, data, extractor, reference)
-            if log:
-                log.row(step=step, epoch=f"{step / per_epoch:.4f}", **result)
-            interrupt.at_once, ticked = False, time.time()
+        paused = time.time()
+        if due(step):
+            evaluate_and_log(step)
         if rank == 0 and step < args.steps and args.sample_every and step % args.sample_every == 0:
             show(args, it, codec, data, step, last=False)
-            ticked = time.time()
+        ticked += time.time() - paused
     if rank == 0:
         interrupt.at_once = True                             # all is saved: nothing can be lost from here on
         written = show(args, it, codec, data, args.steps, last=True)
