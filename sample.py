@@ -461,7 +461,7 @@ def main():
     n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
     run.each_for_itself = True
     print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
-           + " | ".join(f"{key} {value}" for key, value in how.items()))
+           + " | ".join(f"{key} {settings[key]}" for key in how))
     if grid and RANK == 0:
         columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
         labels = [c for c in classes for _ in range(columns)]                  # whole rows

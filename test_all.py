@@ -1432,7 +1432,7 @@ def kill_and_check(folder, rounds, rng):
     steps = [0]
     for _ in range(rounds):
         process = start(*TINY, "--steps", 100000, "--save_every", 1, "--keep", 1, "--out", folder,
-                        wait_for="step ")
+                        wait_for=f"step {steps[-1] + 2:,}/")
         time.sleep(rng.uniform(0, 1))
         process.kill()
         process.communicate()
