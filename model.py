@@ -126,6 +126,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The gated MLP: w3(silu(first half of w12 x) * second half)."""
+
     def __init__(self, dim, dropout):
         super().__init__()
         hidden = 4 * dim * 2 // 3      # as many weights as a plain MLP of width 4 D
@@ -160,6 +162,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """The stream, normalised and modulated once more, to the values of a patch: (N, T, p p C)."""
+
     def __init__(self, dim, out):
         super().__init__()
         self.norm_final = RMSNorm(dim)
@@ -290,10 +294,13 @@ class DiT(Transformer):
 
 
 def norm(width):
+    """The normalisation of every part of the autoencoder."""
     return nn.GroupNorm(32, width, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
+    """Twice GroupNorm, swish, convolution; a 1x1 shortcut where the width changes."""
+
     def __init__(self, width_in, width):
         super().__init__()
         self.norm1, self.conv1 = norm(width_in), nn.Conv2d(width_in, width, 3, padding=1)
@@ -337,23 +344,29 @@ class Level(nn.Module):
 
 
 def named(**modules):
+    """A Sequential whose parts have these names, as the published keys do."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def middle(width):
+    """The lowest resolution between encoder and decoder levels."""
     return named(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
                  block_2=ResidualBlock(width, width))
 
 
 def downsample(width):
+    """Half the size: a pixel of padding right and below, then a convolution of stride 2."""
     return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
 
 
 def upsample(width):
+    """Twice the size: nearest neighbour, then a convolution."""
     return named(nearest=nn.Upsample(scale_factor=2), conv=nn.Conv2d(width, width, 3, padding=1))
 
 
 class Encoder(nn.Module):
+    """Images to the moments of the posterior before quant_conv."""
+
     def __init__(self, widths, blocks, out):
         super().__init__()
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -374,6 +387,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents after post_quant_conv to images."""
+
     def __init__(self, widths, blocks, latent):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, widths[-1], 3, padding=1)

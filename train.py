@@ -70,10 +70,11 @@ SHAPES = 6_400                        # images of the demo
 PCA = dict(factor=8, channels=16)     # the latent demo's tokenizer
 
 # What a run may change when it is resumed; any other difference is refused.
-HARMLESS = {"out", "steps", "epochs", "device", "dtype", "compile", "activation_checkpointing", "micro_batch",
-            "processes", "workers", "log_every", "save_every", "sample_every", "keep", "samples", "sample_steps", "cfg",
-            "interval", "init", "data", "tokenizer", "lr", "k_lr", "clip", "warmup_epochs", "ema_default",
-            "bench", "dry_run", "fid_every", "fid_ref", "fid_samples", "features", "weights"}
+HARMLESS = set("""
+    out steps epochs device dtype compile activation_checkpointing micro_batch processes workers log_every
+    save_every sample_every keep samples sample_steps cfg interval init data tokenizer lr k_lr clip
+    warmup_epochs ema_default bench dry_run fid_every fid_ref fid_samples features weights
+""".split())
 
 
 def number(word):
@@ -218,7 +219,7 @@ def open_data(args):
         return data, Codec()
     if demo:
         if args.image_size % PCA["factor"]:
-            raise UserError(f"--image_size {args.image_size} is no multiple of the patches' {PCA['factor']} px")
+            raise UserError(f"--image_size {args.image_size} is no multiple of the patch, {PCA['factor']} px")
         images = torch.stack([data[i][0] for i in range(1024)]).float() / 127.5 - 1
         tokenizer = PatchPCA.fit(images, **PCA)
         z = tokenizer.encode(images)
