@@ -157,11 +157,11 @@ def write_atomically(path, write):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:                      # torch.save's full disk is a RuntimeError
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        message = f"{path} could not be written, whatever it held before is intact: {error}"
         if not isinstance(error, (OSError, RuntimeError)):        # torch.save's full disk is the latter
             raise
+        message = f"{path} could not be written, whatever it held before is intact: {error}"
         raise UserError(message.splitlines()[0])
 
 

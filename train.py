@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fid
-from data import (VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes,
+from data import (RANK, VAVAE, WORLD, Codec, ImageFolder, Latents, Order, Packed, Parser, PatchPCA, Shapes,
                   UserError, barrier, check_ranges, duration, in_short, open_dataset, print0, read_tensors,
                   run, seed_of, setup, write_atomically)
 from model import gmacs
@@ -349,7 +349,7 @@ def save(path, step, it, config, data_state, keep):
     if not torch.stack([t.isfinite().all() for t in every]).all():
         raise UserError(f"the weights after step {step} are not finite: {path} keeps what it held; "
                         "try a lower --lr")
-    if dist.is_initialized() and dist.get_rank():
+    if RANK:
         return
     checkpoint = {"step": step, "model": it.kdiff.state_dict(), "optimizer": it.optimizer.state_dict(),
                   "ema": {decay: full(average) for decay, average in it.ema.averages.items()},
@@ -581,22 +581,21 @@ def describe(args, config, kdiff, gflops, per_epoch):
 def start_from(path, kdiff, args):
     """Load a checkpoint's network, ours or published, and its w where the target is the same."""
     source, weights, *_ = read_weights(path)
+    if source["target"] != args.target:
+        weights = {key: value for key, value in weights.items() if key != "w"}
+        weights |= {key: value for key, value in kdiff.state_dict().items() if key == "w"}
     try:
-        kdiff.net.load_state_dict({key.removeprefix("net."): value for key, value in weights.items()
-                                   if key.startswith("net.")})
+        kdiff.load_state_dict(weights)
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"--init {path}: not a {args.model} for this data ({in_short(error)})") from None
-    if source["target"] == args.target:
-        kdiff.load_state_dict(weights)
-    else:
+    if source["target"] != args.target:
         print0(f"--init {path} predicts {source['target']}, this run {args.target}: "
                "its output is read as another variable until training has adapted it")
 
 
 def batches(data, args, start, device):
     """(batch, labels) of this process for the steps left, in an order that the step alone decides."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    order = Order(len(data), args.batch_size, args.seed, start, args.steps, rank, WORLD)
+    order = Order(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
     return torch.utils.data.DataLoader(
         data, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
