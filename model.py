@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The gated MLP: w3(silu(first half of w12 x) * second half)."""
+    """The gated MLP: w3(silu(w1 x) * w2 x), w12 being w1 on top of w2."""
 
     def __init__(self, dim, dropout):
         super().__init__()
@@ -136,8 +136,9 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x):
-        gate, x = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.dropout(F.silu(gate) * x))
+        # two products instead of one cut in halves: its gradient would copy the halves together again
+        (w1, w2), (b1, b2) = self.w12.weight.chunk(2), self.w12.bias.chunk(2)
+        return self.w3(self.dropout(F.silu(F.linear(x, w1, b1)) * F.linear(x, w2, b2)))
 
 
 class Block(nn.Module):
@@ -435,14 +436,14 @@ SIZES = {
     "JiT-L/32":            (32, 1024, 24, 16, 128, 32,  8),
     "JiT-H/16":            (16, 1280, 32, 16, 256, 32, 10),
     "JiT-H/32":            (32, 1280, 32, 16, 256, 32, 10),
-    "JiT-demo/8":          ( 8,  128,  4,  4,  64,  4,  1),
+    "JiT-demo/8":          ( 8,   96,  4,  3,  64,  4,  1),
     "LightningDiT-B/1":    ( 1,  768, 12, 12),
     "LightningDiT-B/2":    ( 2,  768, 12, 12),
     "LightningDiT-L/1":    ( 1, 1024, 24, 16),
     "LightningDiT-L/2":    ( 2, 1024, 24, 16),
     "LightningDiT-XL/1":   ( 1, 1152, 28, 16),
     "LightningDiT-XL/2":   ( 2, 1152, 28, 16),
-    "LightningDiT-demo/1": ( 1,  128,  4,  4),
+    "LightningDiT-demo/1": ( 1,   96,  4,  3),
 }
 COLUMNS = "patch_size", "dim", "depth", "heads", "bottleneck", "context_tokens", "context_start"
 

@@ -12,6 +12,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import tracemalloc
 import urllib.request
 import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # threads that wait by spinning make a shared machine crawl
@@ -1609,6 +1611,164 @@ def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
         (tmp_path / name).write_bytes(whole[name])
         openers[name](tmp_path / name)
     assert refused > i / 4
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speed: SPEED=1 pytest -s -k speed, on an idle machine
+
+def plain_norm(self, x, shift=None, scale=None):
+    x = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+    return x if shift is None else x * (1 + scale) + shift
+
+
+def plain_attention(self, x, rope):
+    """Every step of the published formula as an operation of its own, the matrix of attention in memory."""
+    def turned(a):
+        even, odd = a[..., 0::2], a[..., 1::2]
+        cos, sin = rope[0].expand(-1, -1, -1, 2).flatten(-2), rope[1][..., 1:].expand(-1, -1, -1, 2).flatten(-2)
+        return (a * cos + torch.stack([-odd, even], -1).flatten(-2) * sin).transpose(1, 2)
+    q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+    q, k = turned(self.q_norm(q)), turned(self.k_norm(k))
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+    return self.proj((weights @ v.transpose(1, 2)).transpose(1, 2).flatten(2))
+
+
+def plain_mlp(self, x):
+    gate, x = self.w12(x).chunk(2, -1)
+    return self.w3(F.silu(gate) * x)
+
+
+def plain_block(self, x, condition, rope, drop=0):
+    shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition)[:, None].chunk(6, -1)
+    x = x + gate1 * self.attn(self.norm1(x, shift1, scale1), rope)
+    return (x + gate2 * self.mlp(self.norm2(x, shift2, scale2)))[:, drop:]
+
+
+class PlainStep:
+    """One optimiser step as repositories of this kind write it: loops over tensors, a wait for the loss."""
+
+    def __init__(self, kdiff, decays):
+        self.kdiff, self.decays = kdiff, decays
+        self.optimizer = torch.optim.AdamW(kdiff.parameters(), lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
+        self.averages = [[p.detach().clone() for p in kdiff.parameters()] for _ in decays]
+
+    def __call__(self, batch, labels):
+        loss = self.kdiff(batch.float() / 127.5 - 1, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for decay, average in zip(self.decays, self.averages):
+                for a, p in zip(average, self.kdiff.parameters()):
+                    a.mul_(decay).add_(p, alpha=1 - decay)
+        return loss.item()
+
+
+@contextmanager
+def plain_parts():
+    """Within: the networks compute with the plain parts above."""
+    with pytest.MonkeyPatch.context() as patch:
+        for part, forward in ((model.RMSNorm, plain_norm), (model.Attention, plain_attention),
+                              (model.SwiGLU, plain_mlp), (model.Block, plain_block)):
+            patch.setattr(part, "forward", forward)
+        yield
+
+
+def test_plain_parts_compute_the_same():
+    """What speed is compared with gives our outputs and gradients."""
+    ours, plain = (fill(JiT(**TINY_JIT)) for _ in range(2))
+    x, t, y = inputs(ours)
+    ours(x, t, y).square().mean().backward()
+    with plain_parts():
+        plain(x, t, y).square().mean().backward()
+    for a, b in zip(plain.parameters(), ours.parameters()):
+        assert error(a.grad, b.grad) < 1e-5
+
+
+def alternate(ways, rounds):
+    """Median seconds of each way (name: callable), called by turns so that all meet the same machine."""
+    times = {name: [] for name in ways}
+    for i in range(rounds + 2):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            times[name] += [time.perf_counter() - began] if i >= 2 else []
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+@pytest.fixture
+def speed():
+    """All cores, and memory as train.py has it; skips unless SPEED is set."""
+    if not os.environ.get("SPEED"):
+        pytest.skip("SPEED=1 measures")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    data.keep_memory()
+    yield
+    torch.set_num_threads(threads)
+
+
+MIDDLING = dict(image_size=128, patch_size=16, dim=384, depth=6, heads=6, num_classes=1000, bottleneck=128,
+                context_tokens=32, context_start=2)
+
+
+def step_of(compile=False):
+    """train.py's Step on a middling JiT with three averages: called with images and labels."""
+    args = argparse.Namespace(lr=2e-4, k_lr=1.0, ema=[.9999, .9998, .9996], clip=0, dtype="float32",
+                              micro_batch=128, compile=compile, activation_checkpointing=False)
+    it = train.Step(KDiff(JiT(**MIDDLING), num_classes=1000), Codec(), args, torch.device("cpu"))
+    return it, lambda images, labels: it(images, labels, list(range(len(images))), 1.0)
+
+
+def batch_of(n):
+    return torch.from_numpy(noise(n, 3, 128, 128)), torch.arange(n)
+
+
+def test_speed_of_a_training_step(speed):
+    """At most 0.9 of the plain implementation's time, forward to averages; compiled no slower."""
+    (it, ours), (_, compiled), batch, a = step_of(), step_of(compile=True), batch_of(16), torch.randn(2048, 2048)
+    plain_step = PlainStep(KDiff(JiT(**MIDDLING), num_classes=1000), [.9999, .9998, .9996])
+
+    def plain():
+        with plain_parts():
+            plain_step(*batch)
+    seconds = alternate({"plain": plain, "ours": lambda: ours(*batch), "compiled": lambda: compiled(*batch),
+                         "product": lambda: a @ a}, 15)
+    rate, flops = 2 * len(a) ** 3 / seconds.pop("product"), 6e9 * 16 * model.gmacs(it.kdiff.net)
+    for name, s in seconds.items():
+        print(f"\nstep, {name}: {s * 1e3:.0f} ms = {s / seconds['plain']:.2f} of plain, "
+              f"{flops / s / rate:.0%} of a product's rate", end="")
+    assert seconds["ours"] <= 0.9 * seconds["plain"] and seconds["compiled"] <= 1.05 * seconds["ours"]
+
+
+def test_speed_per_image_is_the_same_from_batch_8_to_256(speed):
+    """Within 15%."""
+    _, ours = step_of()
+    seconds = alternate({n: lambda n=n: ours(*batch_of(n)) for n in (8, 64, 256)}, 5)
+    each = {n: s / n * 1e3 for n, s in seconds.items()}
+    print("\nms per image:", {n: round(s, 1) for n, s in each.items()}, end="")
+    assert max(each.values()) <= 1.15 * min(each.values())
+
+
+def test_speed_of_the_guidance_interval(speed):
+    """50 Heun steps with the interval (0.1, 1) take at most 0.95 of the time of always both passes."""
+    kdiff = KDiff(fill(model.build("JiT-demo/8", 32, 8)), num_classes=8).eval()
+    ways = {low: lambda low=low: generate(kdiff, Codec(), [0] * 64, range(64), 2.0, (low, 1.0)) for low in (0, 0.1)}
+    seconds = alternate(ways, 9)
+    print(f"\nsampling with the interval: {seconds[0.1] / seconds[0]:.3f} of always both passes", end="")
+    assert seconds[0.1] <= 0.95 * seconds[0]
+
+
+def test_speed_of_packed_images(speed, tmp_path):
+    """At least 20 times the images/s of a folder of JPEGs, on one core."""
+    for i in range(64):
+        Image.fromarray(noise(375, 500, 3)).resize((500, 375)).save(tmp_path / f"{i}.jpg", quality=90)
+    pack(tmp_path, 256, tmp_path / "p.npy")
+    sets = {"folder": ImageFolder(tmp_path, 256), "packed": open_dataset(tmp_path / "p.npy", 256)}
+    seconds = alternate({name: lambda s=s: [s[i] for i in range(64)] for name, s in sets.items()}, 7)
+    print(f"\nimages/s: folder {64 / seconds['folder']:.0f}, packed {64 / seconds['packed']:.0f}, "
+          f"{seconds['folder'] / seconds['packed']:.0f} times", end="")
+    assert seconds["packed"] <= seconds["folder"] / 20
 
 
 # ------------------------------------------------------------------------------------------------------------
