@@ -13,6 +13,7 @@ import math
 import os
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 import fid
 import model
 from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, check_ranges, in_short,
-                  print0, progress,
-                  read_tensors, run, seed_of, setup, write_atomically)
+                  print0, progress, read_tensors, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -369,9 +369,15 @@ def write_folder(batches, out, settings):
         raise UserError(f"--out {out} holds files already; remove it or choose another")
     barrier()
     out.mkdir(parents=True, exist_ok=True)
-    for images, labels, indices in batches:
-        for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
-            Image.fromarray(image).save(out / f"{i:06}_{label}.png")
+
+    def write(image, label, i):
+        Image.fromarray(image).save(out / f"{i:06}_{label}.png")
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // WORLD)) as pool:
+        writing = []
+        for images, labels, indices in batches:                # drawn while the batch before is written
+            list(writing)
+            writing = pool.map(write, images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices)
+        list(writing)                                          # raises what went wrong
     barrier()
     if RANK == 0:
         write_atomically(out / "settings.json", lambda temporary: temporary.write_text(json.dumps(settings)))
@@ -448,8 +454,6 @@ def main():
     it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     if not it.codec.decodes:
         raise UserError(f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
-    if device.type == "cuda":
-        compile_blocks(it.kdiff.net)
     grid = not args.fid and (args.out is None or args.out.endswith(".png"))
     classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
     classes = classes[:8] if grid and not args.classes else classes
@@ -459,6 +463,8 @@ def main():
     settings = dict(checkpoint=str(path), step=it.step, ema=it.ema, model=it.config["model"],
                     net_size=it.config["net_size"], **how | {"dtype": precision(device, args.dtype)})
     n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
+    if device.type == "cuda" and n >= 1000:                 # fewer are drawn before compiling is done
+        compile_blocks(it.kdiff.net)
     run.each_for_itself = True
     print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
            + " | ".join(f"{key} {settings[key]}" for key in how))
