@@ -100,7 +100,7 @@ def keep_memory():
     """Have the C library (glibc) keep what is freed for the next step: the kernel would zero it page by page."""
     try:
         trim_threshold, mmap_threshold = -1, -3                          # their numbers in malloc.h
-        ctypes.CDLL(None).mallopt(trim_threshold, 2 ** 31 - 1)
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)                    # never
         ctypes.CDLL(None).mallopt(mmap_threshold, 2 ** 30)
     except (AttributeError, OSError, TypeError):
         pass                                                             # another C library: only slower
