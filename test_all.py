@@ -1691,7 +1691,7 @@ def test_memory_freed_by_a_step_is_kept_for_the_next():
     """A freed 64 MB tensor comes back without the 16384 page faults that it costs otherwise."""
     code = ("import resource, sys, torch, data; data.keep_memory() if sys.argv[1] == 'kept' else None\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "for _ in range(3): before = faults(); torch.ones(2 ** 24)\n"
+            "for _ in range(8): before = faults(); torch.ones(2 ** 24)\n"
             "print(faults() - before)")
     faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=HERE, capture_output=True).stdout)
               for how in ("kept", "given back")]
