@@ -97,11 +97,11 @@ def run_failure(error):
 
 
 def keep_memory():
-    """Have the C library (glibc) keep what is freed for the next step: the kernel would zero it page by page."""
+    """Have the C library (glibc) keep freed memory for the next step: the kernel zeroes it page by page."""
     try:
-        trim_threshold, mmap_threshold = -1, -3                          # their numbers in malloc.h
-        ctypes.CDLL(None).mallopt(trim_threshold, -1)                    # never
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2 ** 30)
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                            # as in malloc.h
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)                  # never give the heap's end back
+        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)                         # nor put large blocks outside of it
     except (AttributeError, OSError, TypeError):
         pass                                                             # another C library: only slower
 

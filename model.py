@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The gated MLP: w3(silu(w1 x) * w2 x), w12 being w1 on top of w2."""
+    """The gated MLP: w3(silu(w1 x) * w2 x), where w12 holds the rows of w1, then of w2."""
 
     def __init__(self, dim, dropout):
         super().__init__()
@@ -136,7 +136,8 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x):
-        # two products instead of one cut in halves: its gradient would copy the halves together again
+        # two products, or else the gradients of the two halves would be copied together, tokens x hidden;
+        # the price: w12 is read, not called, so that hooks on it do not run
         (w1, w2), (b1, b2) = self.w12.weight.chunk(2), self.w12.bias.chunk(2)
         return self.w3(self.dropout(F.silu(F.linear(x, w1, b1)) * F.linear(x, w2, b2)))
 

@@ -372,12 +372,13 @@ def write_folder(batches, out, settings):
 
     def write(image, label, i):
         Image.fromarray(image).save(out / f"{i:06}_{label}.png")
+
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // WORLD)) as pool:
         writing = []
         for images, labels, indices in batches:                # drawn while the batch before is written
-            list(writing)
+            list(writing)                                      # waits for it; raises what went wrong
             writing = pool.map(write, images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices)
-        list(writing)                                          # raises what went wrong
+        list(writing)
     barrier()
     if RANK == 0:
         write_atomically(out / "settings.json", lambda temporary: temporary.write_text(json.dumps(settings)))
@@ -463,7 +464,7 @@ def main():
     settings = dict(checkpoint=str(path), step=it.step, ema=it.ema, model=it.config["model"],
                     net_size=it.config["net_size"], **how | {"dtype": precision(device, args.dtype)})
     n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
-    if device.type == "cuda" and n >= 1000:                 # fewer are drawn before compiling is done
+    if device.type == "cuda" and n // WORLD >= 1000:        # for fewer, compiling takes longer than it saves
         compile_blocks(it.kdiff.net)
     run.each_for_itself = True
     print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "

@@ -50,6 +50,8 @@ HERE = Path(__file__).parent
 TINY_JIT = dict(image_size=32, patch_size=8, dim=64, depth=6, heads=4, num_classes=10, bottleneck=16,
                 context_tokens=4, context_start=2)
 TINY_DIT = dict(image_size=8, patch_size=1, in_channels=4, dim=64, depth=4, heads=4, num_classes=10)
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                                    reason="needs a C++ compiler")
 PUBLISHED = {"JiT-B/16": (256, 131, 25), "JiT-B/32": (512, 133, 26), "LightningDiT-XL/1": (16, 675, 119)}
 
 
@@ -324,7 +326,7 @@ def test_bf16_autocast_keeps_norms_time_and_stream_in_float32(network, config):
     assert error(normed, x) < 1e-6 and error(modulated, x * (1 + scale) + shift) < 1e-6
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("error:.*complex.*")
 def test_blocks_compiled_in_place_agree_with_eager():
     """Output and gradients; the keys of the state dict stay."""
@@ -1675,27 +1677,56 @@ def plain_parts():
         yield
 
 
-def test_plain_parts_compute_the_same():
-    """What speed is compared with gives our outputs and gradients."""
-    ours, plain = (fill(JiT(**TINY_JIT)) for _ in range(2))
-    x, t, y = inputs(ours)
-    ours(x, t, y).square().mean().backward()
+def step_of(kdiff, ema, compile=False):
+    """train.py's Step on a KDiff, in float32 on the CPU."""
+    return train.Step(kdiff, Codec(), argparse.Namespace(
+        lr=2e-4, k_lr=1.0, ema=ema, clip=0, dtype="float32", micro_batch=128, compile=compile,
+        activation_checkpointing=False), torch.device("cpu"))
+
+
+def middling_step(compile=False):
+    """(Step, function that takes a step on images and labels) of a middling JiT with three averages."""
+    it = step_of(KDiff(JiT(**MIDDLING), num_classes=1000), [.9999, .9998, .9996], compile)
+    return it, lambda images, labels: it(images, labels, list(range(len(images))), 1.0)
+
+
+def test_plain_parts_and_plain_step_compute_the_same():
+    """What speed is compared with gives our outputs and gradients, and takes the same step."""
+    ours, plain = (KDiff(fill(JiT(**TINY_JIT)), num_classes=10) for _ in range(2))
+    x, t, y = inputs(ours.net)
+    drawn = ours.draw(x, y)
+    for kdiff in (ours, plain):
+        kdiff.draw = lambda *args: drawn
+    it, plain_step = step_of(ours, ema=[0.9, 0.5]), PlainStep(plain, [0.9, 0.5])
+    images, start = torch.from_numpy(noise(*x.shape)), [p.detach().clone() for p in ours.parameters()]
     with plain_parts():
-        plain(x, t, y).square().mean().backward()
+        out = plain.net(x, t, y)
+        plain(x, y).backward()
+    assert error(out, ours.net(x, t, y)) < 1e-5
+    ours(x, y).backward()
     for a, b in zip(plain.parameters(), ours.parameters()):
-        assert error(a.grad, b.grad) < 1e-5
+        assert error(a.grad, b.grad) < 1e-4
+    with plain_parts():
+        plain_step(images, y)
+    it.optimizer.zero_grad()
+    it(images, y, [0] * len(images), 1.0)
+    moved = [torch.cat([(p - q).flatten() for p, q in zip(kdiff.parameters(), start)])
+             for kdiff in (plain, ours)]
+    averages = [torch.cat([a.flatten() for a in average]) for average in
+                (plain_step.averages[1], it.ema.averages["0.5"])]
+    assert error(moved[0], moved[1]) < 0.02 and error(averages[0], averages[1]) < 1e-5
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_memory_freed_by_a_step_is_kept_for_the_next():
-    """A freed 64 MB tensor comes back without the 16384 page faults that it costs otherwise."""
+    """A freed 64 MB tensor comes back without the page faults that it costs otherwise."""
     code = ("import resource, sys, torch, data; data.keep_memory() if sys.argv[1] == 'kept' else None\n"
             "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "for _ in range(8): before = faults(); torch.ones(2 ** 24)\n"
             "print(faults() - before)")
-    faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=HERE, capture_output=True).stdout)
+    faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=HERE, stdout=-1, check=True).stdout)
               for how in ("kept", "given back")]
-    assert faults[0] < 100 < faults[1]
+    assert faults[0] < faults[1] / 4
 
 
 def alternate(ways, rounds):
@@ -1728,21 +1759,14 @@ MIDDLING = dict(image_size=128, patch_size=16, dim=384, depth=6, heads=6, num_cl
                 context_tokens=32, context_start=2)
 
 
-def step_of(compile=False):
-    """train.py's Step on a middling JiT with three averages: called with images and labels."""
-    args = argparse.Namespace(lr=2e-4, k_lr=1.0, ema=[.9999, .9998, .9996], clip=0, dtype="float32",
-                              micro_batch=128, compile=compile, activation_checkpointing=False)
-    it = train.Step(KDiff(JiT(**MIDDLING), num_classes=1000), Codec(), args, torch.device("cpu"))
-    return it, lambda images, labels: it(images, labels, list(range(len(images))), 1.0)
-
-
 def batch_of(n):
     return torch.from_numpy(noise(n, 3, 128, 128)), torch.arange(n)
 
 
+@needs_compiler
 def test_speed_of_a_training_step(speed):
     """Less than the plain implementation's time, forward to averages; compiled, less than 0.95 of it."""
-    (it, ours), (_, compiled), batch = step_of(), step_of(compile=True), batch_of(16)
+    (it, ours), (_, compiled), batch = middling_step(), middling_step(compile=True), batch_of(16)
     a = torch.randn(2048, 2048)
     plain_step = PlainStep(KDiff(JiT(**MIDDLING), num_classes=1000), [.9999, .9998, .9996])
 
@@ -1760,8 +1784,8 @@ def test_speed_of_a_training_step(speed):
 
 def test_speed_per_image_is_the_same_from_batch_8_to_256(speed):
     """Within 15% from 64 up; at 8 the optimiser and the averages, which cost the same for any batch, show."""
-    _, ours = step_of()
-    _, ratio = alternate({n: lambda n=n: [ours(*batch_of(n)) for _ in range(256 // n)]
+    _, ours = middling_step()
+    _, ratio = alternate({n: lambda n=n, batch=batch_of(n): [ours(*batch) for _ in range(256 // n)]
                           for n in (64, 8, 256)}, 3)
     print("\ntime per image, by batch size:", {n: round(ratio[n], 2) for n in (8, 64, 256)}, end="")
     assert 0.85 <= ratio[256] <= 1.15 and ratio[8] <= 1.25

@@ -170,7 +170,7 @@ def add_training_flags(parser):
     add("--keep", type=int, default=0, help="older checkpoints to keep beside ckpt.pt")
     add("--sample_every", type=int, help="steps between pictures; 0: only at the end")
     add("--samples", type=int, help="images in a picture; 0: no pictures")
-    add("--sample_steps", type=int, help="solver steps for pictures")
+    add("--sample_steps", type=int, help="solver steps for pictures (default 25; for --data on a GPU 50)")
     add("--cfg", type=float, help="guidance scale of pictures")
     add("--interval", type=float, nargs=2, help="times between which guidance acts")
     add("--fid_every", type=int, default=0, help="steps between evaluations; 0: none")
@@ -400,7 +400,8 @@ def resume(path, it, config):
         it.skipped = torch.tensor([file["skipped"][0], 0, 0], device=it.device)
         return file["step"]
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint of this program ({in_short(error)})") from None
+        raise UserError(f"{path}: of another program or version, name another --out or remove it "
+                        f"({in_short(error)})") from None
 
 
 class Interrupt:
@@ -553,7 +554,7 @@ def prepare(args, device):
         args.compile = device.type == "cuda" and args.data is not None
     if args.samples is None:                         # on a CPU a large network's picture takes long
         args.samples = 64 if args.data is None or device.type == "cuda" else 4
-    args.sample_steps = args.sample_steps or (25 if args.data is None or device.type != "cuda" else 50)
+    args.sample_steps = args.sample_steps or (50 if args.data and device.type == "cuda" else 25)
     fit = [decay for decay in args.ema if decay ** args.steps < 0.01]    # the initial weights have faded here
     args.ema_default = str(max(fit) if fit else min(args.ema))
     pixel = args.space == "pixel"
