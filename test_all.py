@@ -1720,13 +1720,16 @@ def test_plain_parts_and_plain_step_compute_the_same():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_memory_freed_by_a_step_is_kept_for_the_next():
     """A freed 64 MB tensor comes back without the page faults that it costs otherwise."""
-    code = ("import resource, sys, torch, data; data.keep_memory() if sys.argv[1] == 'kept' else None\n"
-            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "for _ in range(8): before = faults(); torch.ones(2 ** 24)\n"
-            "print(faults() - before)")
-    faults = [int(subprocess.run([sys.executable, "-c", code, how], cwd=HERE, stdout=-1, check=True).stdout)
-              for how in ("kept", "given back")]
-    assert faults[0] < faults[1] / 4
+    code = ("import resource, torch, data\n"
+            "def faults():\n"
+            "    for _ in range(8):\n"
+            "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "        torch.ones(2 ** 24)\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+            "print(faults(), data.keep_memory() or faults())")
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, stdout=-1, check=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert kept < given_back / 4
 
 
 def alternate(ways, rounds):
