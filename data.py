@@ -34,6 +34,7 @@ from objective import seeded_normal
 
 RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # set by torchrun
+THREADS = max(1, (os.cpu_count() or 1) // WORLD)          # of a process, to read or write images with
 
 
 class UserError(Exception):
@@ -99,9 +100,9 @@ def run_failure(error):
 def keep_memory():
     """Have the C library (glibc) keep freed memory for the next step: the kernel zeroes it page by page."""
     try:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                            # as in malloc.h
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, -1)                  # never give the heap's end back
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)                         # nor put large blocks outside of it
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4   # as in malloc.h
+        libc.mallopt(M_TRIM_THRESHOLD, -1)                               # never give the heap's end back
+        libc.mallopt(M_MMAP_MAX, 0)                                      # nor put large blocks outside of it
     except (AttributeError, OSError, TypeError):
         pass                                                             # another C library: only slower
 
@@ -638,7 +639,7 @@ class Codec(nn.Module):
 
 def read_in_batches(data, indices, batch_size):
     """Batches (tensor (n, ...), list of labels) of the items at indices, read by threads in order."""
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // WORLD)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         for i in range(0, len(indices), batch_size):
             images, labels = zip(*pool.map(data.__getitem__, indices[i:i + batch_size]))
             yield torch.stack(images), list(labels)

@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import model
-from data import (RANK, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, check_ranges, in_short,
-                  print0, progress, read_tensors, run, seed_of, setup, write_atomically)
+from data import (RANK, THREADS, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, check_ranges,
+                  in_short, print0, progress, read_tensors, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -373,7 +373,7 @@ def write_folder(batches, out, settings):
     def write(image, label, i):
         Image.fromarray(image).save(out / f"{i:06}_{label}.png")
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // WORLD)) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         writing = []
         for images, labels, indices in batches:                # drawn while the batch before is written
             list(writing)                                      # waits for it; raises what went wrong
