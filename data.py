@@ -1,22 +1,25 @@
-"""From files to tensors and back: built-in shapes, image folders, packed arrays, latents, tokenizers.
+"""From files to tensors and back: datasets, the order of training, tokenizers, the Codec.
 
 A dataset gives (uint8 image (3, H, W) or latent (C, h, w), label); Codec turns a batch of them into the
-network's x, and x back into uint8 images. Here too: processes and device, clear errors, atomic writing.
+network's x, and x back into uint8 images. At the end: processes and device, clear errors, atomic writing.
 N images, C channels, H, W their size in pixels, h, w in latents.
 
     python data.py pack photos --image_size 256 --out photos.npy                      decode and crop once
     python data.py encode photos --tokenizer vavae.pt --image_size 256 --out latents  (also under torchrun)
 """
 import argparse
-import ctypes
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,171 +33,14 @@ from model import Autoencoder
 from objective import seeded_normal
 
 # ------------------------------------------------------------------------------------------------------------
-# Processes, device, errors
-
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))      # set by torchrun
-THREADS = max(1, (os.cpu_count() or 1) // WORLD)          # of a process, to read or write images with
-
-
-class UserError(Exception):
-    """Something the user can mend: one line naming the flag or file, the value and the remedy."""
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help texts that end with the default in force."""
-
-    def _get_help_string(self, action):
-        plain = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
-        return action.help + ("" if plain else " (default: %(default)s)")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, like every other error of ours."""
-
-    def __init__(self, doc, **kw):
-        super().__init__(description=doc, formatter_class=Help, **kw)
-
-    def error(self, message):
-        """Raise a UserError where argparse would print its usage."""
-        raise UserError(f"{message} (see --help)")
-
-
-def check_ranges(args, **least):
-    """UserError for a flag of args below its least value, or not a number; flags that are None pass."""
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise UserError(f"--{name} {value}: at least {low}")
-
-
-def run(main):
-    """Call main(); a UserError ends the program with its one line and exit status 2, once under torchrun."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, RuntimeError, OSError) as error:
-        text = str(error).rstrip().splitlines()[-1] if isinstance(error, UserError) else run_failure(error)
-        if LOCAL_RANK == 0 or getattr(run, "each_for_itself", False):
-            # from a loader's worker an error comes wrapped in a traceback: its last line is the error
-            print("error:", text.rpartition("UserError: ")[2], file=sys.stderr, flush=True)
-        sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def run_failure(error):
-    """One line for an error that is no bug of ours: a path, memory, a lost process. Raises any other."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
-    if "DataLoader worker" in str(error):
-        return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
-    if WORLD > 1 and isinstance(error, dist.DistError) or "onnection closed" in str(error):
-        return f"process {RANK} lost the others; the first error above says why"
-    raise error
-
-
-def keep_memory():
-    """Have the C library (glibc) keep freed memory for the next step: the kernel zeroes it page by page."""
-    try:
-        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4   # as in malloc.h
-        libc.mallopt(M_TRIM_THRESHOLD, -1)                               # never give the heap's end back
-        libc.mallopt(M_MMAP_MAX, 0)                                      # nor put large blocks outside of it
-    except (AttributeError, OSError, TypeError):
-        pass                                                             # another C library: only slower
-
-
-def setup(device=None):
-    """Join torchrun's processes, if any: (torch.device, rank, world). device: cuda where there is one."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not usable here: {str(error).splitlines()[0]}")
-    if device.type == "cuda":
-        if device.index is None:
-            count = torch.cuda.device_count()
-            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
-                raise UserError(f"--nproc_per_node is larger than the {count} GPUs of this machine")
-            device = torch.device("cuda", LOCAL_RANK)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    else:
-        keep_memory()
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, RANK, WORLD
-
-
-def barrier():
-    """Wait for all processes; on the CPU, so that it needs no device."""
-    if WORLD > 1:
-        dist.all_reduce(torch.zeros(1))
-
-
-def print0(*args):
-    """Print on the first process only."""
-    if RANK == 0:
-        print(*args, flush=True)
-
-
-def duration(seconds):
-    """12.3 s as 0:12, 4000 s as 1:06:40."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def progress(done, total, start, what="images", every=10.0):
-    """One line of progress, rate and time left: rewritten in place on a terminal, else a line every 10 s."""
-    now, tty = time.time(), sys.stderr.isatty()
-    if RANK or not (tty or done == total or now - getattr(progress, "last", start) > every):
-        return
-    progress.last = now
-    rate = done / max(now - start, 1e-9)
-    line = f"{what} {done:,}/{total:,} | {rate:,.1f}/s | {duration((total - done) / max(rate, 1e-9))} left"
-    end = "" if tty and done != total else "\n"
-    print(f"\r{line:<79}" if tty else line, end=end, file=sys.stderr, flush=True)
-
-
-def write_atomically(path, write):
-    """write(temporary path), then rename to path: a reader sees the old file or the new one, never half."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")   # numpy appends a suffix that is not there
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):        # torch.save's full disk is the latter
-            raise
-        message = f"{path} could not be written, whatever it held before is intact: {error}"
-        raise UserError(message.splitlines()[0])
-
-
-def in_short(error):
-    """An error's text on one line, for the end of ours."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
-
-
-def seed_of(*key):
-    """A 63-bit seed from numbers and words, equal on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Datasets: len(), .classes, .item(i, flip) -> (tensor, label)
 
 class Dataset(torch.utils.data.Dataset):
     """data[i] is item i as it is; data[(epoch, i)] may be mirrored, as drawn from (seed, epoch, i) alone."""
-    flips, seed = False, 0
+    n, flips, seed = 0, False, 0
+
+    def __len__(self):
+        return self.n
 
     def __getitem__(self, key):
         epoch, i = key if isinstance(key, tuple) else (None, key)
@@ -210,20 +56,13 @@ class Shapes(Dataset):
     classes = ["disc", "square", "triangle", "ring", "cross", "star", "ellipse", "moon"]
 
     def __init__(self, n, image_size, seed=0):
-        self.image_size, self.n = image_size, n
+        self.image_size, self.n, self.drawn = image_size, n, {}
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
-        self.drawn = {} if n * 3 * image_size ** 2 < 2 ** 28 else None    # small sets are drawn once and kept
-
-    def __len__(self):
-        return self.n
 
     def item(self, i, flip=False):
-        """(uint8 image (3, H, W), label); the shapes are not mirrored, whatever flip says."""
-        if not 0 <= i < self.n:
-            raise IndexError(i)
-        if self.drawn is None:
+        if self.image_size > 64:
             return self.draw(i), i % 8
-        if i not in self.drawn:
+        if i not in self.drawn:                                       # small ones are drawn once and kept
             self.drawn[i] = self.draw(i)
         return self.drawn[i], i % 8
 
@@ -271,35 +110,34 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 def list_images(folder):
     """Images below a folder, sorted, links followed. UserError: no folder, no image, a link in a circle."""
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder")
+    need(os.path.isdir(folder), f"{folder}: no such folder")
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
         chain = {os.path.realpath(parent) for parent in (here, *Path(here).parents)}
-        for f in folders:
-            if os.path.islink(link := os.path.join(here, f)) and os.path.realpath(link) in chain:
-                raise UserError(f"{link}: a link in a circle; remove it")
+        for link in (os.path.join(here, f) for f in folders):
+            need(not os.path.islink(link) or os.path.realpath(link) not in chain,
+                 f"{link}: a link in a circle; remove it")
         found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
-    if not found:
-        raise UserError(f"{folder}: holds no images ({', '.join(IMAGES)}); "
-                        "one subfolder a class, or all in one folder")
+    need(found, f"{folder}: holds no images ({', '.join(IMAGES)}), neither in subfolders, one a class, nor flat")
     return sorted(found)
 
 
 def read_image(path):
-    """The file as an upright RGB image. UserError naming it where it cannot be read, whatever the reason."""
-    try:
-        assert os.path.isfile(path), "no such file"                   # nor a pipe, which would wait for ever
+    """The file as an upright RGB image. FileError naming it where it cannot be read, whatever the reason."""
+    with readable(path, "a readable image", remedy="; mend or remove it"):
+        if not os.path.isfile(path):                                  # nor a pipe, which would wait for ever
+            raise ValueError("no such file")
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
-            assert max(image.size) <= 100 * min(image.size), "over 100 times as long as wide"
+            if max(image.size) > 100 * min(image.size):
+                raise ValueError("over 100 times as long as wide")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                            # 16-bit grey; convert() would clip it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.has_transparency_data:                           # on white, as a browser shows it
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except Exception as error:                                        # Pillow raises many kinds on bad bytes
-        reason = (str(error) or type(error).__name__).splitlines()[0].replace("UserError", "")
-        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it") from None
 
 
 def crop(image, size):
@@ -327,18 +165,15 @@ class ImageFolder(Dataset):
         own = os.path.basename(os.path.abspath(folder))
         names = [path.split(os.sep)[0] if os.sep in path else own for path in paths]
         self.classes = sorted(set(names))
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith((".", "__")) and entry.name not in self.classes:
-                raise UserError(f"{entry.path}: a class folder without images; fill or remove it")
+        for entry in os.scandir(folder):
+            need(not entry.is_dir() or entry.name.startswith((".", "__")) or entry.name in self.classes,
+                 f"{entry.path}: a class folder without images; fill or remove it")
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index[name] for name in names])
         self.paths = np.array([os.fsencode(path) for path in paths])   # one block, which forked workers share
-
-    def __len__(self):
-        return len(self.paths)
+        self.n = len(paths)
 
     def item(self, i, flip=False):
-        """(uint8 image (3, H, W), label), mirrored where flip says so."""
         path = os.path.join(self.folder, os.fsdecode(self.paths[i]))
         image = to_tensor(crop(read_image(path), self.image_size))
         return (image.flip(-1) if flip else image), int(self.labels[i])
@@ -348,10 +183,10 @@ def class_names(meta, labels, path):
     """The names of classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
     low, high = int(labels.min()), int(labels.max())
     names = meta.get("classes") or [str(i) for i in range(min(high + 1, 1_000_000))]
-    if not isinstance(names, list):
-        raise UserError(f"{path}: its class names are no list")
-    if low < 0 or high >= len(names) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: its labels, {low} to {high}, do not fit its {len(names)} classes")
+    need(isinstance(names, list) and all(isinstance(name, str) for name in names),
+         f"{path}: its class names are no list")
+    need(low >= 0 and high < len(names),
+         f"{path}: its labels, {low} to {high}, do not fit its {len(names)} classes")
     return names
 
 
@@ -360,83 +195,79 @@ class Packed(Dataset):
 
     def __init__(self, path):
         self.records = open_array(path)
-        names = self.records.dtype.names or ()
-        image = self.records.dtype["image"] if "image" in names else None
-        if image is None or "label" not in names or image.base != np.uint8 or image.shape[:1] != (3,) \
-                or image.shape[1:2] != image.shape[2:]:
-            raise UserError(f"{path}: not an array made by `python data.py pack`")
-        if not len(self.records):
-            raise UserError(f"{path}: holds no images")
-        self.image_size, self.flips = image.shape[-1], True
+        kind = self.records.dtype
+        image = kind["image"] if {"image", "label"} <= set(kind.names or ()) else kind
+        need(image.base == np.uint8 and len(image.shape) == 3 and image.shape == (3, *2 * image.shape[2:]),
+             f"{path}: not an array made by `python data.py pack`")
+        self.n, self.image_size, self.flips = len(self.records), image.shape[-1], True
+        need(self.n, f"{path}: holds no images")
         meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
         self.classes = class_names(meta, self.records["label"], path)
 
-    def __len__(self):
-        return len(self.records)
-
     def item(self, i, flip=False):
-        """(uint8 image (3, H, W), label), mirrored where flip says so."""
         image, label = self.records[i]
         return torch.from_numpy(image[..., ::-1].copy() if flip else np.array(image)), int(label)
 
 
+class Map(np.memmap):
+    """A read-only array in a file; loading processes are sent its place, not its bytes, and open it anew."""
+
+    def __reduce__(self):
+        return Map, (self.filename, self.dtype, "r", self.offset, self.shape)
+
+
 def open_array(path):
-    """A .npy file as a read-only memory map; UserError where it is damaged."""
-    try:
+    """A .npy file as a Map; FileError where it is damaged."""
+    with readable(path, "a readable array"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        assert isinstance(array, np.memmap) and array.ndim, "not one array in a .npy file"
-        assert array.offset + array.nbytes == os.path.getsize(path), "its size is not what its header says"
-        return array
-    except Exception as error:                                        # numpy raises many kinds on bad bytes
-        raise UserError(f"{path}: not a readable array ({str(error).splitlines()[0]})") from None
-
-
-def read_json(path):
-    """A JSON file's content; UserError where it is damaged."""
-    try:
-        content = json.loads(Path(path).read_text())
-        assert isinstance(content, dict), "not an object"
-        return content
-    except (OSError, ValueError, AssertionError, RecursionError) as error:
-        raise UserError(f"{path}: not readable ({in_short(error)})") from None
-
-
-def read_tensors(path):
-    """A torch file read as data: nothing in it is executed. UserError where it is damaged or holds more.
-
-    The one class allowed beside tensors and containers is argparse.Namespace, of JiT's published files.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except Exception as error:                                        # torch raises many kinds on bad bytes
-        reason = "no such file" if isinstance(error, FileNotFoundError) else "damaged, or not plain tensors"
-        raise UserError(f"{path}: not a readable checkpoint ({reason})") from None
-
-
-SAFETENSORS = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+        if not isinstance(array, np.memmap) or not array.ndim:
+            raise ValueError("not one array in a .npy file")
+        if array.offset + array.nbytes != os.path.getsize(path):
+            raise ValueError("its size is not what its header says")
+        return array.view(Map)
 
 
 def open_safetensors(path):
-    """{name: memory map} of a .safetensors file; UserError for anything that is not whole."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if length <= size - 8 else None
-            entries = {name: (SAFETENSORS[entry["dtype"]], tuple(map(int, entry["shape"])),
-                              *map(int, entry["data_offsets"]))
-                       for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{path}: not a readable safetensors header") from None
-    expected = 8 + length + max((end for *_, end in entries.values()), default=0)
-    if expected != size:
-        raise UserError(f"{path}: truncated or damaged: {expected:,} bytes expected, {size:,} found")
-    for name, (dtype, shape, begin, end) in entries.items():
-        if min((begin, *shape)) < 0 or end - begin != np.dtype(dtype).itemsize * math.prod(shape):
-            raise UserError(f"{path}: the bytes of {name} do not fit its shape {shape}")
-    return {name: np.memmap(path, dtype, "r", 8 + length + begin, shape) if end > begin
-            else np.empty(shape, dtype) for name, (dtype, shape, begin, end) in entries.items()}
+    """{name: Map} of a .safetensors file; FileError for anything that is not whole."""
+    kinds, size, arrays, expected = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}, 0, {}, 0
+    with readable(path, "a readable safetensors file"), open(path, "rb") as file:
+        size, length = os.path.getsize(path), int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if expected != size:
+            raise ValueError(f"truncated or damaged: {expected:,} bytes expected, {size:,} found")
+        for name, entry in header.items():
+            dtype, shape, (begin, end) = kinds[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            if min((begin, *shape)) < 0 or end - begin != np.dtype(dtype).itemsize * math.prod(shape):
+                raise ValueError(f"the bytes of {name} do not fit its shape {shape}")
+            arrays[name] = Map(path, dtype, "r", 8 + length + begin, shape) if end > begin \
+                else np.empty(shape, dtype)
+    return arrays
+
+
+def read_json(path):
+    """A JSON file's content, a dict; FileError where it is damaged."""
+    with readable(path, "readable JSON"):
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+
+
+def read_tensors(path, mmap=False):
+    """A torch file read as data: nothing in it is executed. FileError where it is damaged or holds more.
+
+    The one class allowed beside tensors and containers is argparse.Namespace, of JiT's published files.
+    mmap: leave the tensors in the file until they are used, so that many processes share one copy.
+    """
+    missing = not os.path.isfile(path)
+    with readable(path, "a readable checkpoint",
+                  reason="no such file" if missing else "damaged, or not plain tensors"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 class Latents(Dataset):
@@ -446,66 +277,51 @@ class Latents(Dataset):
     """
 
     def __init__(self, folder):
-        folder = Path(folder)
-        shards = sorted(folder.glob("*.safetensors"))
-        self.flips, self.meta = True, {}
+        folder, names, meta = Path(folder), ("latents", "latents_flip", "labels"), {}
+        shards, stats = sorted(folder.glob("*.safetensors")), folder / "latents_stats.pt"
+        self.flips, self.parts = True, [open_safetensors(path) for path in shards]
         if shards:
-            self.parts = [open_safetensors(path) for path in shards]
-            stats = folder / "latents_stats.pt"
             statistics = read_tensors(stats) if stats.exists() else {}
-        elif (folder / "meta.json").exists():
-            self.meta = statistics = read_json(folder / "meta.json")
-            names, shards = ("latents", "latents_flip", "labels"), [folder]
-            self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
         else:
-            raise UserError(f"{folder}: latents without meta.json, so half-written: "
-                            "run `python data.py encode` again")
-        for path, part in zip(shards, self.parts):
-            try:
-                fits = part["latents"].shape == part["latents_flip"].shape and part["latents"].ndim == 4 \
-                    and part["labels"].shape == part["latents"].shape[:1] \
-                    and part["latents"].shape[1:] == self.parts[0]["latents"].shape[1:]
-            except KeyError as missing:
-                raise UserError(f"{path}: holds no {missing}") from None
-            if not fits:
-                raise UserError(f"{path}: latents, latents_flip and labels do not fit together "
-                                "or the other shards")
+            need((folder / "meta.json").exists(), f"{folder}: latents without meta.json, so half-written: "
+                 "run `python data.py encode` again")
+            meta = statistics = read_json(folder / "meta.json")
+            self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
+        for path, part in zip(shards or [folder], self.parts):
+            need(set(names) <= set(part), f"{path}: holds no {' or '.join(set(names) - set(part))}")
+            shape = part["latents"].shape
+            need(len(shape) == 4 and shape == part["latents_flip"].shape and shape[:1] == part["labels"].shape
+                 and shape[1:] == self.parts[0]["latents"].shape[1:],
+                 f"{path}: latents, latents_flip and labels do not fit together or the other shards")
         self.starts = np.cumsum([0] + [len(part["labels"]) for part in self.parts])
-        if not len(self):
-            raise UserError(f"{folder}: holds no latents")
+        self.n = int(self.starts[-1])
+        need(self.n, f"{folder}: holds no latents")
         self.shape = self.parts[0]["latents"].shape[1:]
-        try:
-            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, -1, 1, 1)
+        with readable(folder, "whole", reason=f"no mean and std of its {self.shape[0]} channels "
+                      "in latents_stats.pt or meta.json"):
+            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, self.shape[0], 1, 1)
                                    for key in ("mean", "std"))
-            assert self.mean.shape[1] == self.std.shape[1] == self.shape[0]
-        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError):
-            raise UserError(f"{folder}: no mean and std of its {self.shape[0]} channels "
-                            "(latents_stats.pt or meta.json)") from None
-        self.classes = class_names(self.meta, np.concatenate([part["labels"] for part in self.parts]), folder)
-
-    def __len__(self):
-        return int(self.starts[-1])
+        self.classes = class_names(meta, np.concatenate([part["labels"] for part in self.parts]), folder)
 
     def item(self, i, flip=False):
-        """(latent (C, h, w) as stored, label): the mirror image's where flip says so."""
         shard = int(np.searchsorted(self.starts, i, side="right")) - 1
         part, i = self.parts[shard], i - self.starts[shard]
         latent = part["latents_flip" if flip else "latents"][i]
         return torch.from_numpy(np.array(latent)), int(part["labels"][i])
 
 
-def open_dataset(path, image_size):
-    """The dataset at path: folder of images or latents, or packed array. UserError where it does not fit."""
-    path = Path(path)
+def open_dataset(source, image_size):
+    """What --data names: shapes, a folder of images or latents, a packed array. UserError for others."""
+    path = Path(source)
+    if source == "shapes":
+        return Shapes(6_400, image_size)
     if path.is_dir():
         latents = (path / "latents.npy").exists() or any(path.glob("*.safetensors"))
         return Latents(path) if latents else ImageFolder(path, image_size)
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+    need(path.exists(), f"{path}: no such file or folder")
     data = Packed(path)
-    if data.image_size != image_size:
-        raise UserError(f"{path}: packed at {data.image_size} px: "
-                        f"pass --image_size {data.image_size} or pack again")
+    need(data.image_size == image_size, f"{path}: packed at {data.image_size} px: "
+         f"pass --image_size {data.image_size} or pack again")
     return data
 
 
@@ -520,9 +336,6 @@ class Order:
         self.batch_size, self.share = batch_size, batch_size // world
         self.first = rank * self.share
 
-    def __len__(self):
-        return len(self.steps)
-
     def __iter__(self):
         @functools.lru_cache(2)                                       # a batch may straddle two epochs
         def permutation(epoch):
@@ -532,6 +345,13 @@ class Order:
             first = step * self.batch_size + self.first
             positions = range(first, first + self.share)
             yield [(p // self.n, int(permutation(p // self.n)[p % self.n])) for p in positions]
+
+
+def some_images(data, n=4096):
+    """Up to n of a dataset's images, float32 (n, 3, H, W) in [-1, 1], drawn from all, always the same."""
+    n = min(n, len(data), max(64, 2 ** 27 // data[0][0].numel()))
+    chosen = next(iter(Order(len(data), n, 0, 0, 1)))
+    return torch.stack([data[i][0] for _, i in chosen]).float() / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -551,8 +371,8 @@ class PatchPCA(nn.Module):
     def fit(cls, images, factor, channels):
         """Fit to images (N, 3, H, W) in [-1, 1]; UserError for more channels than a patch has values."""
         values = 3 * factor ** 2
-        if not 0 < channels <= values:
-            raise UserError(f"PatchPCA with {channels} channels: a patch of {factor} px has {values} values")
+        need(0 < channels <= values,
+             f"PatchPCA with {channels} channels: a patch of {factor} px has {values} values")
         patches = F.pixel_unshuffle(images, factor).transpose(0, 1).flatten(1).double()     # (3 p p, patches)
         mean = patches.mean(1)
         basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)[:, :channels]
@@ -578,21 +398,14 @@ class VAVAE(Autoencoder):
         if file:
             ours = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
             weights = read_tensors(file)
-            weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-            try:
+            with readable(file, "a VA-VAE f16d32"):
+                weights = weights.get("state_dict", weights)
                 self.load_state_dict({key: value for key, value in weights.items() if key.startswith(ours)})
-            except RuntimeError as error:
-                raise UserError(f"{file}: not a VA-VAE f16d32 ({in_short(error)})") from None
         self.eval().requires_grad_(False)
-
-    @property
-    def dtype(self):
-        """Of the weights."""
-        return self.quant_conv.weight.dtype
 
     def moments(self, images):
         """Mean and log-variance of the posterior, each (N, 32, H/16, W/16); logvar in [-30, 20]."""
-        mean, logvar = super().encode(images.to(self.dtype))
+        mean, logvar = super().encode(images.to(self.quant_conv.weight.dtype))
         return mean.float(), logvar.float()
 
     def encode(self, images, noise=None):
@@ -602,7 +415,7 @@ class VAVAE(Autoencoder):
 
     def decode(self, latents):
         """Images (N, 3, H, W), about in [-1, 1], of latents (N, 32, H/16, W/16)."""
-        return super().decode(latents.to(self.dtype)).float()
+        return super().decode(latents.to(self.quant_conv.weight.dtype)).float()
 
 
 class Codec(nn.Module):
@@ -637,6 +450,31 @@ class Codec(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Commands
 
+class ArrayFile:
+    """A .npy file whose rows all processes write, by plain writes: a full disk is an error, not a crash."""
+
+    def __init__(self, path, dtype, shape):
+        self.path, dtype = Path(path), np.dtype(dtype)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        self.row = dtype.itemsize * math.prod(shape[1:])                          # bytes
+        if RANK == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + self.row * shape[0])
+        barrier()
+        self.start = os.path.getsize(path) - self.row * shape[0]
+
+    def write(self, first, rows):
+        """Write an array's rows at first, first + 1, ...; UserError where there is no room."""
+        try:
+            with open(self.path, "r+b") as file:
+                file.seek(self.start + first * self.row)
+                file.write(rows.tobytes())
+        except OSError as error:
+            raise FileError(f"{self.path} could not be written: {error.strerror}") from None
+
+
 def read_in_batches(data, indices, batch_size):
     """Batches (tensor (n, ...), list of labels) of the items at indices, read by threads in order."""
     with ThreadPoolExecutor(THREADS) as pool:
@@ -647,89 +485,49 @@ def read_in_batches(data, indices, batch_size):
 
 def pack(source, image_size, out):
     """Write a folder's images, cropped to image_size, and labels as one array that can be memory-mapped."""
-    data, start, done = ImageFolder(source, image_size), time.time(), 0
+    data = ImageFolder(source, image_size)
     record = np.dtype([("image", "u1", (3, image_size, image_size)), ("label", "<i8")])
 
     def write(temporary):
-        nonlocal done
-        with open(temporary, "wb") as file:             # plain writes: a full disk is an error, not a crash
-            np.lib.format.write_array_header_1_0(file, {"descr": np.lib.format.dtype_to_descr(record),
-                                                        "fortran_order": False, "shape": (len(data),)})
-            for images, labels in read_in_batches(data, range(len(data)), 64):
-                records = np.empty(len(labels), record)
-                records["image"], records["label"] = images, labels
-                file.write(records.tobytes())
-                progress(done := done + len(labels), len(data), start)
-    classes = json.dumps({"classes": data.classes})
-    write_atomically(f"{out}.json", lambda temporary: temporary.write_text(classes))
+        array, progress, done = ArrayFile(temporary, record, (len(data),)), Progress(len(data)), 0
+        for images, labels in read_in_batches(data, range(len(data)), 64):
+            records = np.empty(len(labels), record)
+            records["image"], records["label"] = images, labels
+            array.write(done, records)
+            done += len(labels)
+            progress(done)
+    write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps({"classes": data.classes})))
     write_atomically(out, write)
     print0(f"wrote {out}: {len(data):,} images of {image_size} px in {len(data.classes)} classes; "
            f"train with --data {out}")
 
 
-def reserve(path, dtype, shape):
-    """Create a .npy file of its full size: a full disk is an error now, not halfway."""
-    with open(path, "wb") as file:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        size = file.tell() + np.dtype(dtype).itemsize * math.prod(shape)
-        try:
-            if hasattr(os, "posix_fallocate"):                    # not on macOS
-                os.posix_fallocate(file.fileno(), 0, size)
-            file.truncate(size)
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: no room for the latents ({error.strerror})") from None
-
-
 @torch.no_grad()
-def encode_seeded(tokenizer, images, seeds, device):
-    """Latents (n, C, h, w), on the CPU, of uint8 images; a VA-VAE's noise is that of seeds, one an image."""
-    x = images.to(device).float() / 127.5 - 1
-    if not isinstance(tokenizer, VAVAE):
-        return tokenizer.encode(x).cpu()
-    shape = (tokenizer.channels, *(size // tokenizer.factor for size in images.shape[2:]))
-    return tokenizer.encode(x, noise=seeded_normal(shape, seeds, device)).cpu()
-
-
 def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed=0):
-    """Write latents of every image and its mirror image, labels and statistics; processes share the work.
+    """Write VA-VAE latents of every image and its mirror image, labels, statistics; processes share the work.
 
     meta.json is written last: a folder without it is half-written, and is not taken for a whole one.
     """
-    data, out, start, done = open_dataset(source, image_size), Path(out), time.time(), 0
-    if (out / "meta.json").exists():
-        raise UserError(f"--out {out} holds finished latents already; remove it or choose another")
-    factor = tokenizer.factor
-    if image_size % factor:
-        raise UserError(f"--image_size {image_size} is not divisible by the tokenizer's factor {factor}")
-    if not isinstance(data, (ImageFolder, Packed)):
-        raise UserError(f"{source}: latents already")
+    data, out, factor = open_dataset(source, image_size), Path(out), tokenizer.factor
+    need(not (out / "meta.json").exists(), f"--out {out} holds finished latents; remove it or choose another")
+    need(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
+    need(not isinstance(data, Latents), f"{source}: latents already")
     shape = (len(data), tokenizer.channels, image_size // factor, image_size // factor)
-    names = {"latents": (np.float16, shape), "latents_flip": (np.float16, shape),
-             "labels": (np.int64, shape[:1])}
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, (dtype, full) in names.items():
-            reserve(out / f"{name}.npy", dtype, full)
-    barrier()
-    arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+") for name in names}
-    tokenizer = tokenizer.to(device)
+    files = {name: ArrayFile(out / f"{name}.npy", np.float16, shape) for name in ("latents", "latents_flip")}
+    labels_file, tokenizer = ArrayFile(out / "labels.npy", np.int64, shape[:1]), tokenizer.to(device)
     sums = torch.zeros(3, shape[1], dtype=torch.float64)          # sum, sum of squares, count, per channel
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
-    run.each_for_itself = True                     # a damaged image is met by one process alone
+    i, progress = mine.start, Progress(len(mine))
     for images, labels in read_in_batches(data, mine, batch_size):
-        i = mine.start + done
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
-            seeds = [seed_of(seed, name, n) for n in range(i, i + len(labels))]
-            latents = encode_seeded(tokenizer, batch, seeds, device)
-            arrays[name][i:i + len(labels)] = latents.numpy()
-            sums += torch.stack([latents.double().sum((0, 2, 3)), latents.double().square().sum((0, 2, 3)),
-                                 torch.full((shape[1],), latents[:, 0].numel(), dtype=torch.float64)])
-        arrays["labels"][i:i + len(labels)] = labels
-        done += len(labels)
-        progress(done, len(mine), start)
-    for array in arrays.values():
-        array.flush()
+            noise = seeded_normal(shape[1:], [seed_of(seed, name, i + j) for j in range(len(labels))], device)
+            latents = tokenizer.encode(batch.to(device).float() / 127.5 - 1, noise).cpu()
+            files[name].write(i, latents.half().numpy())
+            flat = latents.double().transpose(0, 1).flatten(1)
+            sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.ones_like(flat).sum(1)])
+        labels_file.write(i, np.array(labels))
+        i += len(labels)
+        progress(i - mine.start)
     if WORLD > 1:
         dist.all_reduce(sums)
     mean = sums[0] / sums[2]
@@ -746,22 +544,18 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
 def parse():
     """The command line of `pack` and `encode`."""
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True,
-                                     parser_class=functools.partial(Parser, None))
-    for name, text, source, out in (
-        ("pack", "decode, crop and store a folder of images", "a folder of images", "the .npy file"),
-        ("encode", "store a folder's latents", "a folder of images or a packed array", "the folder to write"),
-    ):
-        add = commands.add_parser(name, help=text).add_argument
-        add("source", help=source)
-        add("--image_size", type=int, default=256, help="pixels (default 256)")
-        add("--out", required=True, help=out)
-    add("--tokenizer", required=True, help="VA-VAE weights file")     # of `encode` alone, from here
-    add("--batch_size", type=int, default=32, help="images at a time on each process (default 32)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="the tokenizer's")
-    add("--device", help="default: cuda, else cpu")
+    add = parser.add_argument
+    add("command", choices=("pack", "encode"), help="store a folder's images, cropped, or their latents")
+    add("source", help="a folder of images; for encode, a packed array will do")
+    add("--image_size", type=int, default=256, help="pixels (default 256)")
+    add("--out", required=True, help="the .npy file of pack, the folder of encode")
+    add("--tokenizer", help="for encode: VA-VAE weights file")
+    add("--batch_size", type=int, default=32, help="for encode: images at a time on a process (default 32)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="for encode: the tokenizer's")
+    add("--device", help="for encode (default: cuda, else cpu)")
     args = parser.parse_args()
-    check_ranges(args, image_size=1, **({"batch_size": 1} if args.command == "encode" else {}))
+    check_ranges(args, image_size=1, batch_size=1)
+    need(args.command == "pack" or args.tokenizer, "encode needs --tokenizer: VA-VAE weights file")
     return args
 
 
@@ -774,6 +568,177 @@ def main():
         device, *_ = setup(args.device)
         tokenizer = VAVAE(args.tokenizer).to(getattr(torch, args.dtype))
         encode(args.source, tokenizer, args.image_size, args.out, args.batch_size, device)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes and device
+
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))      # set by torchrun
+THREADS = max(1, (os.cpu_count() or 1) // LOCAL_WORLD)    # of a process, to read or write images with
+
+
+def setup(device=None):
+    """Join torchrun's processes, if any: (torch.device, rank, world). device: cuda where there is one."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            count = torch.cuda.device_count()
+            need(LOCAL_WORLD <= max(count, 1),
+                 f"--nproc_per_node is larger than the {count} GPUs of this machine")
+            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+            torch.cuda.set_device(device)                 # first: else each process would occupy GPU 0, too
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not usable here: {in_short(error)}") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device, RANK, WORLD
+
+
+def barrier():
+    """Wait for all processes; on the CPU, so that it needs no device."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+def print0(*args):
+    """Print on the first process only."""
+    if RANK == 0:
+        print(*args, flush=True)
+
+
+def seed_of(*key):
+    """A 63-bit seed from numbers and words, equal on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Progress:
+    """Called with what is done: a line of it, rate and time left, every 10 seconds and at the end."""
+
+    def __init__(self, total, what="images"):
+        self.total, self.what, self.start, self.last = total, what, time.time(), time.time()
+
+    def __call__(self, done):
+        now = time.time()
+        if RANK == 0 and (done == self.total or now - self.last > 10):
+            self.last, rate = now, done / max(now - self.start, 1e-9)
+            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | "
+                  f"{timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))} left", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors: one line that names the flag or file, the value and the remedy, and exit status 2
+
+class UserError(Exception):
+    """Something the user can mend, met by all processes alike: the first of each machine prints it."""
+
+
+class FileError(UserError):
+    """The same of a file, met perhaps by one process alone: whoever meets it prints it."""
+
+
+def need(ok, message):
+    """UserError(message) unless ok."""
+    if not ok:
+        raise UserError(message)
+
+
+@contextmanager
+def readable(path, what, reason=None, remedy=""):
+    """Within: an error of any kind, and on bad bytes libraries raise many, becomes a FileError on path."""
+    try:
+        yield
+    except Exception as error:
+        raise FileError(f"{path}: not {what} ({reason or in_short(error)}){remedy}") from None
+
+
+def in_short(error):
+    """An error's text on one line, for the end of ours."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())[:150] or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like every other error of ours."""
+
+    def __init__(self, doc, **kw):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **kw)
+
+    def error(self, message):
+        """Raise a UserError where argparse would print its usage."""
+        raise UserError(f"{message} (see --help)")
+
+
+def check_ranges(args, **least):
+    """UserError for a flag of args below its least value, or not a number; flags that are None pass."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        need(value is None or value >= low, f"--{name} {value}: at least {low}")
+
+
+def write_atomically(path, write):
+    """write(temporary path), then rename to path: a reader sees the old file or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")   # numpy appends a suffix that is not there
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):        # torch.save's full disk is the latter
+            raise
+        raise FileError(f"{path} could not be written, whatever it held before is intact: "
+                        + in_short(error)) from None
+
+
+def explain(error):
+    """One line for a UserError, or for what is no bug of ours: a path, memory, a lost process. Else raises."""
+    if isinstance(error, UserError):          # from a loading process it comes in a traceback: the last line
+        return str(error).rstrip().splitlines()[-1].rpartition("Error: ")[2]
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
+    if "DataLoader worker" in str(error):
+        return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
+    if WORLD > 1 and isinstance(error, dist.DistError) or "onnection closed" in str(error):
+        return f"process {RANK} lost the others; the first error above says why"
+    raise error
+
+
+def run(main):
+    """Call main(); a UserError ends the program with its one line and exit status 2, once under torchrun."""
+    try:
+        main()
+        barrier()                                                 # nobody leaves while another needs it
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        leave(130)
+    except (UserError, RuntimeError, OSError) as error:
+        if LOCAL_RANK == 0 or type(error) is not UserError:
+            print("error:", explain(error), file=sys.stderr, flush=True)
+        leave(2)
+
+
+def leave(status):
+    """End this process at once: it must not wait for its loading processes, nor for those it ran beside."""
+    workers = multiprocessing.active_children()
+    if not workers and not dist.is_initialized():
+        sys.exit(status)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would raise
+    for worker in workers:
+        worker.kill()                                             # they ignore SIGTERM, see train.py
+    sys.stdout.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

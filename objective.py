@@ -6,7 +6,7 @@
     velocity  v = dz/dt = x - e = (u - (c+d) z) / Delta,   Delta = c (1-t) - d t      App. A
     loss      |v^ - v|^2 = |u^ - u|^2 / Delta^2                                       Eq. (15)
 
-`python objective.py` runs the theory behind k: a linear network and k, trained together, find D / (D + d).
+`python objective.py` runs the theory behind k: a linear network and k, trained together, find its closed forms.
 """
 import math
 import time
@@ -37,6 +37,14 @@ TARGETS = {
 LOSSES = ("v", "u", "x", "eps")
 
 
+def fixed_k(target):
+    """The number in [0, 1] that a target is (or spells), else None."""
+    try:
+        return float(target) if 0 <= float(target) <= 1 else None
+    except (TypeError, ValueError):
+        return None
+
+
 def error_scale(loss, c, d, t, tau):
     """The factor from the error u^ - u to the error in v, u, x or eps (Eqs. 21-26); like t in shape."""
     delta = (c * (1 - t) - d * t).clamp(min=tau)        # the one clamp, shared with the sampler (Table 4)
@@ -65,19 +73,13 @@ class KDiff(nn.Module):
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
                  label_drop=0.1, loss="v"):
         super().__init__()
-        if target not in TARGETS:
-            try:
-                fixed = float(target)
-            except (TypeError, ValueError):
-                fixed = -1.0
-            if not 0 <= fixed <= 1:
-                raise ValueError(f"target {target!r} is unknown: "
-                                 f"one of {', '.join(TARGETS)} or a number in [0, 1]")
+        fixed = fixed_k(target)
+        if target not in TARGETS and fixed is None:
+            raise ValueError(f"target {target!r} is unknown: one of {', '.join(TARGETS)} or a number in [0, 1]")
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is unknown: one of {', '.join(LOSSES)}")
         if (target, loss) == ("two", "u"):
-            raise ValueError("target two cannot learn under loss u: k1 = k2 = 0 would win; "
-                             "take loss v, x or eps")
+            raise ValueError("target two cannot learn under loss u: k1 = k2 = 0 would win; take v, x or eps")
         shape, self.rule = TARGETS[target] if target in TARGETS else (None, lambda w, t: (fixed, fixed - 1))
         self.net, self.target, self.loss_space, self.num_classes = net, target, loss, num_classes
         self.t_mean, self.t_std, self.noise_scale = t_mean, t_std, noise_scale
@@ -177,14 +179,15 @@ class Linear(nn.Module):
         return (z.flatten(1) @ self.W.T).view_as(z)
 
 
-def train_linear(d, D, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0, watch=None):
-    """Train the linear layer and its target on x = P s by gradient descent on the u-loss, t uniform.
+def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0, watch=None):
+    """Train the linear layer and its target by gradient descent on the u-loss, t uniform.
 
-    Returns (kdiff, P (D, d), mean loss of the last quarter summed over the D dimensions). While k is learned
-    the rates fall to zero over the last half. watch(step, W (D, D), P) is called before every step.
+    variances (D,): of the data along each axis, in units of the noise's; a plane of Theorem 3.2 is ones, then
+    zeros (the loss does not see how the axes are turned). While k is learned the rates fall over the last half.
+    Returns (kdiff, mean loss of the last quarter summed over the D axes). watch(step, W (D, D)): each step.
     """
-    g = torch.Generator().manual_seed(seed)
-    P = torch.linalg.qr(torch.randn(D, d, generator=g)).Q
+    g, D = torch.Generator().manual_seed(seed), len(variances)
+    scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)
     kdiff = KDiff(Linear(D), target, num_classes=0, loss="u")
     groups = [{"params": [kdiff.net.W], "lr": rate * D / 2}]     # of a mean over D: its gradient is 2/D small
     groups += [] if kdiff.w is None else [{"params": [kdiff.w], "lr": k_rate}]
@@ -194,8 +197,8 @@ def train_linear(d, D, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, 
     losses = []
     for step in range(steps):
         if watch:
-            watch(step, kdiff.net.W.detach(), P)
-        x = (torch.randn(batch, d, generator=g) @ P.T).view(batch, D, 1, 1)
+            watch(step, kdiff.net.W.detach())
+        x = scale * torch.randn(batch, D, 1, 1, generator=g)
         t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch        # uniform, one in each slot
         loss = kdiff.loss(x, None, t, torch.randn(x.shape, generator=g))
         optimizer.zero_grad()
@@ -203,7 +206,12 @@ def train_linear(d, D, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, 
         optimizer.step()
         fall.step()
         losses.append(loss.item() * D)
-    return kdiff, P, sum(losses[-steps // 4:]) / len(losses[-steps // 4:])
+    return kdiff, sum(losses[-steps // 4:]) / len(losses[-steps // 4:])
+
+
+def plane(d, D):
+    """The variances of white data on a d-dimensional plane in D dimensions."""
+    return [1.0] * d + [0.0] * (D - d)
 
 
 def main():
@@ -213,25 +221,10 @@ def main():
           "on the u-loss of data P s\n")
     print("   D    d   k learned   D/(D+d)   loss reached   loss by Eq. (12)")
     for d in (64, 32, 16, 8, 1):
-        kdiff, _, loss = train_linear(d, D)
+        kdiff, loss = train_linear(plane(d, D))
         k = optimal_k(d, D)
         learned, least = kdiff.ks()["k"].item(), optimal_loss(k, k - 1, d, D)
         print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {least:18.3f}")
-
-    d, rate = 8, 0.02
-    par, perp = equilibrium(1.0, -1.0)
-    print(f"\nEq. (9). Target v, D = {D}, d = {d}: "
-          "both modes of W relax from 0, each at its own rate, to Eq. (11)\n")
-    print(" time   W_par   theory   W_perp   theory")
-
-    def watch(step, W, P):
-        if step % 100 == 0:
-            w_par = ((P.T @ W @ P).trace() / d).item()
-            w_perp = ((W.trace() - (P.T @ W @ P).trace()) / (D - d)).item()
-            s = rate * step                                  # <a^2+b^2> = 2/3 and <b^2> = 1/3 for uniform t
-            print(f"{s:5.1f} {w_par:7.3f} {par * (1 - math.exp(-s * 2/3)):8.3f} {w_perp:8.3f} "
-                  f"{perp * (1 - math.exp(-s / 3)):8.3f}")
-    train_linear(d, D, target="v", steps=601, rate=rate, watch=watch)
 
     d = 32
     ks = torch.linspace(0, 1, 1001, dtype=torch.float64).tolist()

@@ -3,15 +3,16 @@
     python sample.py out/pixel/ckpt.pt                                   a labelled grid beside the checkpoint
     python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2       chosen classes, guidance scale
     torchrun --nproc_per_node=8 sample.py ckpt.pt --samples 50000 --out samples.npz     samples for evaluation
+    python sample.py out/pixel/ckpt*.pt --fid ref.npz                    measure them, draw the curve (fid.py)
     python sample.py out/pixel out/latent --plot k --out k.png           a column of several runs' log.csv
 
 N images, C channels, H, W their size; t runs from 0 (noise) to 1 (data).
 """
 import csv
+import io
 import json
 import math
 import os
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -24,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import model
-from data import (RANK, THREADS, VAVAE, WORLD, Codec, Parser, PatchPCA, UserError, barrier, check_ranges,
-                  in_short, print0, progress, read_tensors, run, seed_of, setup, write_atomically)
+from data import (RANK, THREADS, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
+                  check_ranges, need, print0, read_tensors, readable, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -82,38 +83,41 @@ def autocast(device, dtype=None):
 
 
 def compile_blocks(net):
-    """Compile each block in place: no prefix in checkpoints, and DDP's communication still overlaps."""
+    """Compile each block in place (a network without blocks as a whole): no prefix in checkpoints."""
     torch._dynamo.config.recompile_limit = 64         # blocks share one code, each shape of tokens is a graph
-    for block in net.blocks:
+    torch._dynamo.config.optimize_ddp = False         # would cut each block where DDP's buckets end
+    for block in getattr(net, "blocks", [net]):
         block.compile(dynamic=False)
 
 
 @torch.no_grad()
-def generate(kdiff, codec, labels, indices, cfg, interval, steps=50, solver="heun", seed=0, dtype=None):
-    """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n])."""
-    device, net = kdiff.net.pos_embed.device, kdiff.net
-    z = kdiff.noise_scale * seeded_normal((net.in_channels, net.image_size, net.image_size),
-                                          [seed_of(seed, "sample", i) for i in indices], device)
+def generate(kdiff, codec, shape, labels, indices, cfg, interval, steps=50, solver="heun", seed=0, dtype=None):
+    """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]).
+
+    shape (C,H,W): of the network's x. The other arguments as in guided() and integrate(); dtype: of autocast.
+    """
+    device = next(kdiff.parameters()).device
+    z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
     with autocast(device, dtype):
         x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, steps, solver)
     return codec.decode(x)
 
 
-def sample_all(kdiff, codec, labels, batch_size, **how):
+def sample_all(kdiff, codec, shape, labels, batch_size, **how):
     """uint8 images (N,3,H,W) of all labels (list of N), made on this process alone."""
-    indices = list(range(len(labels)))
-    return torch.cat([generate(kdiff, codec, labels[i:i + batch_size], indices[i:i + batch_size], **how).cpu()
+    return torch.cat([generate(kdiff, codec, shape, labels[i:i + batch_size],
+                               range(i, min(i + batch_size, len(labels))), **how).cpu()
                       for i in range(0, len(labels), batch_size)])
 
 
-def generate_split(kdiff, codec, classes, n, batch_size, **how):
+def generate_split(kdiff, codec, shape, classes, n, batch_size, **how):
     """This process's part of n samples, labels going round `classes`: (uint8 (b,3,H,W), labels, indices)."""
-    start, mine = time.time(), list(range(n * RANK // WORLD, n * (RANK + 1) // WORLD))
+    mine, progress = range(n * RANK // WORLD, n * (RANK + 1) // WORLD), Progress(-(-n // WORLD), "samples")
     for i in range(0, len(mine), batch_size):
         indices = mine[i:i + batch_size]
         labels = [classes[j % len(classes)] for j in indices]
-        yield generate(kdiff, codec, labels, indices, **how), labels, indices
-        progress(i + len(indices), len(mine), start, "samples")
+        yield generate(kdiff, codec, shape, labels, indices, **how), labels, indices
+        progress(i + len(indices))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,60 +152,47 @@ def unpack_codec(state, tokenizer_file=None):
 
 def published_config(weights, name):
     """The config of a published network from its weights; name None: the size whose shapes they have."""
-    try:
-        rows, tokens = weights["y_embedder.embedding_table.weight"].shape[0], weights["pos_embed"].shape[1]
-        family = "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
-        patches = weights[f"x_embedder.{'proj1' if family == 'JiT' else 'proj'}.weight"]
-        depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-        shape = patches.shape[-1], weights["pos_embed"].shape[2], depth
-        fits = (n for n, size in model.SIZES.items() if size[:3] == shape and n.startswith(family))
-        name = name or next(fits)
-    except (KeyError, IndexError, AttributeError, StopIteration):
-        raise UserError("the weights are of no network known here: "
-                        "neither JiT nor LightningDiT (--model names one)")
-    if name not in model.SIZES:
-        raise UserError(f"unknown model {name}: choose from {', '.join(model.SIZES)}")
-    size = math.isqrt(tokens) * model.SIZES[name][0]
-    return dict(model=name, net_size=size, in_channels=patches.shape[1], num_classes=rows - 1, t_mean=0.0,
-                t_std=1.0, noise_scale=size / 256 if family == "JiT" else 1.0, label_drop=0.1, loss="v",
+    family = "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
+    patches = weights[f"x_embedder.{'proj1' if family == 'JiT' else 'proj'}.weight"]
+    (_, tokens, dim), patch = weights["pos_embed"].shape, patches.shape[-1]
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    fits = [f"{size}/{patch}" for size, row in model.SIZES.items()
+            if row[:2] == (dim, depth) and size.startswith(family)]
+    need(name or fits, "the weights are of no network known here: neither JiT nor LightningDiT "
+         "(--model names one)")
+    size = math.isqrt(tokens) * patch
+    return dict(model=name or fits[0], net_size=size, in_channels=patches.shape[1], t_mean=0.0, t_std=1.0,
+                num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, label_drop=0.1, loss="v",
+                noise_scale=size / 256 if family == "JiT" else 1.0,
                 qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
 
 
 def published_weights(file, ema):
     """The flat weights of a published JiT or LightningDiT file, without prefixes, and the EMA's name."""
     names = {"0.9999": "model_ema1", "0.9996": "model_ema2"} if "model_ema1" in file else {"ema": "ema"}
-    key = names.get(ema or next(iter(names)))
-    if ema and (key is None or key not in file):
-        raise UserError(f"--ema {ema}: the file has {', '.join(names)}")
-    weights = next((file[k] for k in (key, "ema", "model") if isinstance(file.get(k), dict)), file)
+    ema = ema or next(iter(names))
+    need(ema in names, f"--ema {ema}: the file has {', '.join(names)}")
+    weights = next((file[k] for k in (names[ema], "ema", "model") if isinstance(file.get(k), dict)), file)
     for prefix in ("module.", "_orig_mod.", "net."):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights, ema or next(iter(names))
+    return weights, ema
 
 
 def read_weights(path, ema=None, model=None):
     """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
     file = read_tensors(path)
-    try:
-        if not isinstance(file, dict):
-            raise TypeError
+    with readable(path, "a checkpoint of ours, JiT or LightningDiT"):
         if "config" not in file or "data" not in file:
             weights, ema = published_weights(file, ema)
             config = published_config(weights, model)
             state = {"classes": [str(i) for i in range(config["num_classes"])]}
             return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch"), ema
-        config = file["config"]
-        needed = {"cfg", "interval", "space", "net_size", "ema_default"}
-        if not needed <= set(config) or not isinstance(file["data"]["classes"], list):
-            raise TypeError
-        if model and model != config["model"]:
-            raise UserError(f"--model {model}: {path} holds a {config['model']}")
-        ema = ema or config["ema_default"]
-        if ema not in file["ema"] and ema != "none":
-            raise UserError(f"--ema {ema}: {path} has {', '.join(file['ema'])} or none")
-        return config, file["model"] if ema == "none" else file["ema"][ema], file["data"], file["step"], ema
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: not a checkpoint of ours, JiT or LightningDiT") from None
+        config, state, ema = file["config"], file["data"], ema or file["config"]["ema_default"]
+        if not {"cfg", "interval", "space", "net_size"} <= set(config) or type(state["classes"]) is not list:
+            raise ValueError("its config is of another version")
+        need(model in (None, config["model"]), f"--model {model}: it holds a {config['model']}")
+        need(ema in file["ema"] or ema == "none", f"--ema {ema}: it has {', '.join(file['ema'])} or none")
+        return config, file["model"] if ema == "none" else file["ema"][ema], state, file["step"], ema
 
 
 def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
@@ -210,24 +201,22 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its default
     model        the size, for published files (else found from the shapes)
     tokenizer    VA-VAE weights file; stats: latents_stats.pt, for published latent networks
-    Returns a namespace: kdiff, codec, classes (names), config, step, ema. UserError where one does not fit.
+    Returns a namespace: kdiff, codec, shape (of x), classes (names), config, step, ema. UserError where one
+    does not fit.
     """
     config, weights, state, step, ema = read_weights(path, ema, model)
-    try:
-        if stats:
-            values = read_tensors(stats)
+    if stats:
+        values = read_tensors(stats)
+        with readable(stats, "latent statistics"):
             state = state | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
-        if config["space"] == "latent" and state.get("mean") is None:
-            raise UserError(f"{path}: a latent network needs --stats (latents_stats.pt) "
-                            "and --tokenizer to sample")
-        kdiff = assemble(config)
+    need(config["space"] == "pixel" or state.get("mean") is not None,
+         f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
+    with readable(path, f"a {config.get('model')} whose weights fit"):
+        kdiff, codec = assemble(config), unpack_codec(state, tokenizer)
         kdiff.load_state_dict(weights)
-        codec = unpack_codec(state, tokenizer)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: its weights do not fit {config.get('model')} ({in_short(error)})") from None
-    kdiff, codec = kdiff.to(device).eval().requires_grad_(False), codec.to(device)
-    return SimpleNamespace(kdiff=kdiff, codec=codec, classes=state["classes"], config=config, step=step,
-                           ema=ema)
+        shape = config["in_channels"], config["net_size"], config["net_size"]
+    return SimpleNamespace(kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device),
+                           shape=shape, classes=state["classes"], config=config, step=step, ema=ema)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -298,28 +287,19 @@ def draw_curves(panels, path):
 
 def read_log(run_folder, column):
     """(steps, values) of a column of a run's log.csv, rows without a value left out."""
-    try:
-        with open(Path(run_folder) / "log.csv", newline="") as file:
-            rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{run_folder}: no column {column!r} to draw in its log.csv ({error})") from None
+    with readable(run_folder, f"a run whose log.csv has a column {column!r}"), \
+            open(Path(run_folder) / "log.csv", newline="") as file:
+        rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def print_table(runs):
-    """Print what runs learned, loss (mean of the log's last fifth) and distance; +- std over NAME-seedN."""
-    groups, columns = {}, ("k", "k1", "k2", "loss", "pixel_distance")
-    for folder in map(Path, runs):
-        groups.setdefault(folder.name.rpartition("-seed")[0] or folder.name, []).append(folder)
-    print0(f"{'run':20}{'runs':>5}" + "".join(f"{column:>18}" for column in columns))
-    for name, folders in groups.items():
-        cells = []
-        for column in columns:
-            logs = [log for log in (read_log(folder, column)[1] for folder in folders) if log]
-            ends = [np.mean(log[-max(1, len(log) // 5):]) if column == "loss" else log[-1] for log in logs]
-            spread = f" +- {np.std(ends, ddof=1):.3f}" if len(ends) > 1 else ""
-            cells.append(f"{np.mean(ends):.3f}{spread}" if ends else "")
-        print0(f"{name:20}{len(folders):5}" + "".join(f"{cell:>18}" for cell in cells))
+def write_rows(path, columns, rows):
+    """Write a csv file of rows, each a dict."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
 
 
 def draw_k_of_t(kdiff, path):
@@ -334,26 +314,54 @@ def draw_k_of_t(kdiff, path):
 # ------------------------------------------------------------------------------------------------------------
 # Samples for evaluation
 
+def measure(it, path, classes, n, batch_size, how, extractor, reference, settings):
+    """Append the distance of n samples to fid.csv beside the checkpoint, unless it is there; draw fid.png.
+
+    Returns the row: settings and results. All processes take part.
+    """
+    table, key = Path(path).with_name("fid.csv"), {name: str(value) for name, value in settings.items()}
+    rows = []
+    if table.exists():
+        with readable(table, "a table of measurements"), open(table, newline="") as file:
+            rows = list(csv.DictReader(file))
+    found = next((row for row in rows if key.items() <= row.items()), None)
+    barrier()                                                  # all have read before the first writes
+    if found:
+        print0(f"{path}: measured already, in {table}")
+        return found
+    batches = generate_split(it.kdiff, it.codec, it.shape, classes, n, batch_size, **how)
+    result = fid.evaluate(((images, indices[0]) for images, _, indices in batches), extractor, reference,
+                          next(it.kdiff.parameters()).device)
+    fid.show(result, reference, extractor.sha256, settings)
+    row = key | {name: f"{result[name]:.6g}" if name in result else ""
+                 for name in ("fid", "pixel_distance", "is_mean", "is_std")}
+    if RANK == 0:
+        rows = [each for each in rows if list(each) == list(row)] + [row]
+        write_rows(table, list(row), sorted(rows, key=lambda each: int(each["step"])))
+        curves = {}
+        for each in sorted(rows, key=lambda each: int(each["step"])):
+            xs, ys = curves.setdefault(f"EMA {each['ema']}, CFG {each['cfg']}, n {each['n']}", ([], []))
+            if each[extractor.key]:
+                xs.append(int(each["step"]))
+                ys.append(float(each[extractor.key]))
+        draw_curves([(extractor.key.replace("_", " "), "step", curves)], table.with_suffix(".png"))
+    return row
+
+
 def write_samples(batches, n, size, out, settings):
     """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings) or a folder."""
     out = Path(out)
     if out.suffix != ".npz":
         return write_folder(batches, out, settings)
     parts = {name: out.with_name(f"{out.name}.{name}.tmp.npy") for name in ("arr_0", "arr_1", "settings")}
-    if RANK == 0:                                         # all processes write into these, to be zipped
-        out.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(parts["arr_0"], "w+", np.uint8, (n, size, size, 3))
-        np.lib.format.open_memmap(parts["arr_1"], "w+", np.int64, (n,))
-        np.save(parts["settings"], np.array(json.dumps(settings)))
-    barrier()
-    images, labels = (np.load(parts[name], mmap_mode="r+") for name in ("arr_0", "arr_1"))
-    for batch, classes, indices in batches:
-        images[indices], labels[indices] = batch.permute(0, 2, 3, 1).cpu().numpy(), classes
-    images.flush()
-    labels.flush()
+    files = ArrayFile(parts["arr_0"], np.uint8, (n, size, size, 3)), ArrayFile(parts["arr_1"], np.int64, (n,))
+    for images, labels, indices in batches:
+        files[0].write(indices[0], images.permute(0, 2, 3, 1).cpu().numpy())
+        files[1].write(indices[0], np.array(labels))
     barrier()
 
     def write(temporary):
+        np.save(parts["settings"], np.array(json.dumps(settings)))
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
             for name, part in parts.items():
                 file.write(part, f"{name}.npy")
@@ -365,8 +373,8 @@ def write_samples(batches, n, size, out, settings):
 
 def write_folder(batches, out, settings):
     """Write samples as PNGs named by index and label, and last their settings; refuses a folder in use."""
-    if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} holds files already; remove it or choose another")
+    need(not out.is_dir() or not any(out.iterdir()),
+         f"--out {out} holds files already; remove it or choose another")
     barrier()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -386,12 +394,10 @@ def write_folder(batches, out, settings):
 
 def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""
-    chosen = []
+    chosen, listed = [], f" ({', '.join(names)})" if len(names) <= 20 else ""
     for word in text.split(","):
-        if word not in names and not (word.isdecimal() and int(word) < len(names)):
-            listed = f" ({', '.join(names)})" if len(names) <= 20 else ""
-            raise UserError(f"--classes {word}: not a label of this checkpoint, "
-                            f"which has 0 to {len(names) - 1}{listed}")
+        need(word in names or word.isdecimal() and int(word) < len(names),
+             f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1}{listed}")
         chosen.append(int(word) if word.isdecimal() and word not in names else names.index(word))
     return chosen
 
@@ -400,7 +406,8 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="+", help="ckpt.pt of a run, or a published file; with --plot, folders of runs")
+    add("checkpoint", nargs="+", help="ckpt.pt of a run, or a published file; with --fid several, with --plot "
+        "folders of runs")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
     add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say "
         "--samples (default: 8 a class in a grid, 50,000 for --fid)")
@@ -422,70 +429,67 @@ def parse():
     add("--features", choices=("inception", "pixels"), default="inception",
         help="for --fid (default inception)")
     add("--weights", help="Inception weights file, for --fid")
-    add("--table", action="store_true", help="tabulate the runs given, by name without -seedN")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     check_ranges(args, n=1, steps=1, batch_size=1)
-    if args.out and Path(args.out).suffix not in ("", ".png", ".npz"):
-        raise UserError(f"--out {args.out}: a .png, an .npz or a folder")
-    if args.fid and args.out:
-        raise UserError("--fid measures samples without writing them: leave out --out")
+    need(not args.out or Path(args.out).suffix in ("", ".png", ".npz"),
+         f"--out {args.out}: a .png, an .npz or a folder")
+    need(not args.fid or not args.out, "--fid measures samples without writing them: leave out --out")
+    need(args.fid or args.plot or len(args.checkpoint) == 1,
+         f"{args.checkpoint[-1]}: one checkpoint at a time (several go with --fid or --plot)")
     return args
+
+
+def plot(folders, column, out):
+    """Draw a column of the log.csv of several runs into one picture."""
+    names = [Path(folder).name for folder in folders]
+    names = names if len(set(names)) == len(names) else folders
+    draw_curves([(column, "step", {name: read_log(folder, column) for name, folder in zip(names, folders)})], out)
+    print0(f"wrote {out}")
 
 
 def main():
     """Draw a grid, write samples or measure them, as the flags say."""
     args = parse()
-    if args.table:
-        return print_table(args.checkpoint)
     if args.plot:
-        out = args.out or f"{args.plot}.png"
-        names = [Path(folder).name for folder in args.checkpoint]
-        names = names if len(set(names)) == len(names) else args.checkpoint
-        curves = {name: read_log(folder, args.plot) for name, folder in zip(names, args.checkpoint)}
-        draw_curves([(args.plot, "step", curves)], out)
-        return print0(f"wrote {out}")
-    if len(args.checkpoint) > 1:
-        raise UserError(f"{args.checkpoint[1]}: one checkpoint at a time (several go with --plot or --table)")
+        return plot(args.checkpoint, args.plot, args.out or f"{args.plot}.png")
     device, *_ = setup(args.device)
-    path = Path(args.checkpoint[0])
     if args.fid:
-        reference, extractor = fid.load_reference(args.fid, args.features), \
-            fid.make_extractor(args.features, args.weights, device)
-    it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
-    if not it.codec.decodes:
-        raise UserError(f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
-    grid = not args.fid and (args.out is None or args.out.endswith(".png"))
-    classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
-    classes = classes[:8] if grid and not args.classes else classes
-    how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
-               interval=args.interval or it.config["interval"],
-               steps=args.steps, solver=args.solver, seed=args.seed, dtype=args.dtype)
-    settings = dict(checkpoint=str(path), step=it.step, ema=it.ema, model=it.config["model"],
-                    net_size=it.config["net_size"], **how | {"dtype": precision(device, args.dtype)})
-    n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
-    if device.type == "cuda" and n // WORLD >= 1000:        # for fewer, compiling takes longer than it saves
-        compile_blocks(it.kdiff.net)
-    run.each_for_itself = True
-    print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
-           + " | ".join(f"{key} {settings[key]}" for key in how))
-    if grid and RANK == 0:
-        columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
-        labels = [c for c in classes for _ in range(columns)]                  # whole rows
-        images = sample_all(it.kdiff, it.codec, labels, args.batch_size, **how)
-        draw_grid(images, [it.classes[c] for c in classes], out, columns)
-        print0(f"wrote {out}: {len(labels)} samples")
-    if grid:
-        return
-    batches = generate_split(it.kdiff, it.codec, classes, n, args.batch_size, **how)
-    if args.fid:
-        measured = ((images, indices[0]) for images, _, indices in batches)
-        result = fid.evaluate(measured, extractor, reference, device)
-        fid.show(result, reference, extractor.sha256, settings)
-    else:
-        size = it.config["net_size"] * (it.codec.tokenizer.factor if it.codec.tokenizer else 1)
-        write_samples(batches, n, size, args.out, settings)
-        print0(f"wrote {args.out}: {n:,} samples")
+        reference = fid.load_reference(args.fid, args.features)
+        extractor = fid.make_extractor(args.features, args.weights, device)
+    for path in map(Path, args.checkpoint):
+        it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
+        need(it.codec.decodes, f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
+        grid = not args.fid and (args.out is None or args.out.endswith(".png"))
+        classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
+        classes = classes[:8] if grid and not args.classes else classes
+        how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
+                   interval=args.interval or it.config["interval"],
+                   steps=args.steps, solver=args.solver, seed=args.seed, dtype=precision(device, args.dtype))
+        n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
+        settings = dict(checkpoint=path.name, step=it.step, ema=it.ema, model=it.config["model"],
+                        net_size=it.config["net_size"], n=n, classes=args.classes or "all",
+                        solver_steps=args.steps, **how)
+        del settings["steps"]
+        if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
+            compile_blocks(it.kdiff.net)
+        print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
+               + " | ".join(f"{key} {value}" for key, value in how.items()))
+        if args.fid:
+            settings["reference"] = args.fid
+            measure(it, path, classes, n, args.batch_size, how, extractor, reference, settings)
+        elif grid:
+            columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
+            labels = [c for c in classes for _ in range(columns)]                  # whole rows
+            if RANK == 0:
+                images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
+                draw_grid(images, [it.classes[c] for c in classes], out, columns)
+            print0(f"wrote {out}: {len(labels)} samples")
+        else:
+            size = it.shape[1] * (it.codec.tokenizer.factor if it.codec.tokenizer else 1)
+            batches = generate_split(it.kdiff, it.codec, it.shape, classes, n, args.batch_size, **how)
+            write_samples(batches, n, size, args.out, settings)
+            print0(f"wrote {args.out}: {n:,} samples")
 
 
 if __name__ == "__main__":
