@@ -9,6 +9,7 @@ N images, C channels, H, W their size in pixels, h, w in latents.
 """
 import argparse
 import functools
+import gzip
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -103,6 +105,48 @@ def shape_distance(name, x, y):
         level, slope = np.hypot(x / 1.1, y / 0.5), np.hypot(x / 1.1 ** 2, y / 0.5 ** 2)
         return level * (level - 1) / np.maximum(slope, 1e-9)
     return np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y))   # moon: a disc without another
+
+
+class Fashion(Dataset):
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): grey pictures of 10 kinds of clothes.
+
+    60,000 of 28 px, padded with black; split "t10k": 10,000 others. From `folder`, Debian's package
+    dataset-fashion-mnist or our cache, else fetched once. item: (uint8 (3, image_size, image_size), label).
+    """
+    classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+    url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+    sha256 = {     # of what is inside: packagers compress anew
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
+
+    def __init__(self, image_size=32, folder=None, split="train"):
+        need(image_size >= 28, f"--image_size {image_size}: --data fashion is 28 px, to be padded")
+        self.pixels = self.read(f"{split}-images-idx3-ubyte", folder)[16:].reshape(-1, 28, 28)
+        self.labels = self.read(f"{split}-labels-idx1-ubyte", folder)[8:]
+        self.n, self.image_size = len(self.labels), image_size
+
+    def item(self, i, flip=False):
+        before = (self.image_size - 28) // 2
+        after = self.image_size - 28 - before
+        image = np.pad(self.pixels[i], (before, after))
+        return torch.from_numpy(image).expand(3, -1, -1), int(self.labels[i])
+
+    def read(self, name, folder):
+        """The bytes of a file; fetched by one process a machine. FileError where they are not the published."""
+        cache, file = Path("~/.cache/kdiff").expanduser(), f"{name}.gz"
+        places = [Path(folder)] if folder else [Path("/usr/share/datasets/fashion-mnist"), cache]
+        path = next((place / file for place in places if (place / file).is_file()), None)
+        need(path or not folder, f"{folder}: holds no {file}")
+        with readable(path or self.url + file, "Fashion-MNIST", remedy="; --data_dir names a folder that has it"):
+            packed = path.read_bytes() if path else urllib.request.urlopen(self.url + file, timeout=30).read()
+            content = gzip.decompress(packed)
+            if hashlib.sha256(content).hexdigest() != self.sha256[name]:
+                raise ValueError("its checksum is not the published one")
+        if path is None:
+            write_atomically(cache / file, lambda temporary: temporary.write_bytes(packed))
+        return np.frombuffer(content, np.uint8)
 
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -310,11 +354,13 @@ class Latents(Dataset):
         return torch.from_numpy(np.array(latent)), int(part["labels"][i])
 
 
-def open_dataset(source, image_size):
-    """What --data names: shapes, a folder of images or latents, a packed array. UserError for others."""
+def open_dataset(source, image_size, folder=None):
+    """What --data names: built-in, a folder of images or latents, a packed array. UserError for others."""
     path = Path(source)
     if source == "shapes":
         return Shapes(6_400, image_size)
+    if source == "fashion":
+        return Fashion(image_size, folder)
     if path.is_dir():
         latents = (path / "latents.npy").exists() or any(path.glob("*.safetensors"))
         return Latents(path) if latents else ImageFolder(path, image_size)
@@ -347,11 +393,10 @@ class Order:
             yield [(p // self.n, int(permutation(p // self.n)[p % self.n])) for p in positions]
 
 
-def some_images(data, n=4096):
-    """Up to n of a dataset's images, float32 (n, 3, H, W) in [-1, 1], drawn from all, always the same."""
-    n = min(n, len(data), max(64, 2 ** 27 // data[0][0].numel()))
-    chosen = next(iter(Order(len(data), n, 0, 0, 1)))
-    return torch.stack([data[i][0] for _, i in chosen]).float() / 127.5 - 1
+def some_items(data, n=4096):
+    """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all of the data, always the same."""
+    n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
+    return torch.stack([data[i][0] for _, i in next(iter(Order(len(data), n, 0, 0, 1)))])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
     velocity  v = dz/dt = x - e = (u - (c+d) z) / Delta,   Delta = c (1-t) - d t      App. A
     loss      |v^ - v|^2 = |u^ - u|^2 / Delta^2                                       Eq. (15)
 
-`python objective.py` runs the theory behind k: a linear network and k, trained together, find its closed forms.
+`python objective.py` runs the theory behind k: a linear network and k, trained together, find closed forms.
 """
 import math
 import time
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 BINS = 128                            # of the time-dependent k; a learnable w stands at each end point
+STRONGEST = 8                         # components whose noise target "asym" predicts
 
 
 def k_of_t(w, t):
@@ -24,15 +25,20 @@ def k_of_t(w, t):
     return torch.lerp(k[left], k[left + 1], position - left)
 
 
-# The target u = c x + d e: shape of the learnable w (None: nothing to learn), and (c, d) from w and t.
+# The target u = c x + d e: shape of the learnable w, "C" for one number a channel, and (c, d) from w and t.
 # k slides from noise (0) through velocity (0.5) to data (1): u = k x - (1-k) e, Eq. (13). A row is a target.
+# None: nothing to learn; w is then the channels' numbers. EDM is what z does not tell linearly about data of
+# variance 1, E[u z] = c t + d (1-t) = 0. AsymFlow (arXiv 2605.12964): noise in strong components alone.
 TARGETS = {
-    "x":    (None, lambda w, t: (1.0, 0.0)),                                    # JiT's baseline
-    "v":    (None, lambda w, t: (1.0, -1.0)),                                   # LightningDiT's baseline
-    "eps":  (None, lambda w, t: (0.0, -1.0)),                                   # noise, up to its sign
-    "k":    ((), lambda w, t: (torch.sigmoid(w), torch.sigmoid(w) - 1)),        # the method
-    "two":  ((2,), lambda w, t: (torch.sigmoid(w[0]), -torch.sigmoid(w[1]))),   # Table 3
-    "time": ((BINS + 1,), lambda w, t: (k_of_t(w, t), k_of_t(w, t) - 1)),       # App. E
+    "x":       (None, lambda w, t: (1.0, 0.0)),                                    # JiT's baseline
+    "v":       (None, lambda w, t: (1.0, -1.0)),                                   # LightningDiT's baseline
+    "eps":     (None, lambda w, t: (0.0, -1.0)),                                   # noise, up to its sign
+    "k":       ((), lambda w, t: (torch.sigmoid(w), torch.sigmoid(w) - 1)),        # the method
+    "two":     ((2,), lambda w, t: (torch.sigmoid(w[0]), -torch.sigmoid(w[1]))),   # Table 3
+    "time":    ((BINS + 1,), lambda w, t: (k_of_t(w, t), k_of_t(w, t) - 1)),       # App. E
+    "channel": ("C", lambda w, t: (torch.sigmoid(w), torch.sigmoid(w) - 1)),       # a k for each channel
+    "edm":     (None, lambda w, t: ((1 - t) / (t*t + (1-t)**2).sqrt(), -t / (t*t + (1-t)**2).sqrt())),
+    "asym":    (None, lambda w, t: (1.0, -1.0 * (w < STRONGEST))),
 }
 LOSSES = ("v", "u", "x", "eps")
 
@@ -65,17 +71,19 @@ class KDiff(nn.Module):
 
     net         called as net(z (N,C,H,W), t (N,), y (N,)) -> u^ (N,C,H,W); class `num_classes` is "no label"
     target      a row of TARGETS, or a number in [0, 1]: that k, fixed
+    channels    C, where the target asks for it (default: net.in_channels)
     t_mean, t_std, noise_scale, tau, label_drop      Table 4 (train.py's PRESETS)
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
-    ValueError for an unknown target or loss, and for target "two" with loss "u" (k1 = k2 = 0 would win).
+    ValueError for an unknown target or loss, for target "two" with loss "u" (k1 = k2 = 0 would win), and for
+    "channel" and "asym" without channels.
     """
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
-                 label_drop=0.1, loss="v"):
+                 label_drop=0.1, loss="v", channels=None):
         super().__init__()
         fixed = fixed_k(target)
         if target not in TARGETS and fixed is None:
-            raise ValueError(f"target {target!r} is unknown: one of {', '.join(TARGETS)} or a number in [0, 1]")
+            raise ValueError(f"target {target!r} is unknown: {', '.join(TARGETS)} or a number in [0, 1]")
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is unknown: one of {', '.join(LOSSES)}")
         if (target, loss) == ("two", "u"):
@@ -84,12 +92,18 @@ class KDiff(nn.Module):
         self.net, self.target, self.loss_space, self.num_classes = net, target, loss, num_classes
         self.t_mean, self.t_std, self.noise_scale = t_mean, t_std, noise_scale
         self.tau, self.label_drop = tau, label_drop
+        channels = channels or getattr(net, "in_channels", None)
+        if channels is None and target in ("channel", "asym"):
+            raise ValueError(f"target {target} needs channels: the number of channels of x")
+        numbers = torch.arange(channels or 1).view(-1, 1, 1)                     # (C, 1, 1)
+        shape = numbers.shape if shape == "C" else shape
         self.w = None if shape is None else nn.Parameter(torch.zeros(shape))     # sigmoid(0): k starts at 0.5
+        self.register_buffer("numbers", numbers, persistent=False)
 
     def coefficients(self, t):
-        """(c, d) of the target at times t (N,), each (N, 1, 1, 1)."""
+        """(c, d) of the target at times t (N,), each (N, 1, 1, 1), or (N, C, 1, 1) where channels differ."""
         t = t.view(-1, 1, 1, 1)
-        c, d = self.rule(self.w, t)
+        c, d = self.rule(self.numbers if self.w is None else self.w, t)
         return c * torch.ones_like(t), d * torch.ones_like(t)
 
     def velocity(self, u, z, t):
@@ -120,10 +134,13 @@ class KDiff(nn.Module):
         return self.loss(x, y, t, e)
 
     def ks(self):
-        """What was learned, as tensors: {"k": k}, {"k1": k1, "k2": k2}, {"k": mean k(t)}, or the fixed k."""
-        t = torch.linspace(0, 1, BINS + 1)[:, None].to(self.w.device if self.w is not None else "cpu")
-        c, d = (torch.as_tensor(value).detach().mean() for value in self.rule(self.w, t))
-        return {"k1": c, "k2": -d} if self.target == "two" else {"k": c / (c - d)}
+        """What was learned, as tensors: {"k": k, or its mean over t or channels}; for two {"k1", "k2"}, for
+        channel {"k_min", "k_max"} as well. A fixed target gives its k."""
+        c, d = self.coefficients(torch.linspace(0, 1, BINS + 1, device=self.numbers.device))
+        c, d = c.detach(), d.detach()
+        k = c / (c - d)
+        least = {"k_min": k.min(), "k_max": k.max()} if self.target == "channel" else {}
+        return {"k1": c.mean(), "k2": -d.mean()} if self.target == "two" else {"k": k.mean()} | least
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -132,6 +149,16 @@ class KDiff(nn.Module):
 def optimal_k(d, D):
     """Theorem 3.2: the k whose optimal u-loss is least, for d-dimensional data in D dimensions, t uniform."""
     return D / (D + d)                                                            # Eq. (14)
+
+
+def k_of_direction(variance):
+    """The k of a direction whose data have this variance in units of the noise's: the theorem, one axis each.
+
+    A linear layer costs an axis s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2), whose slope is
+    ((1 + s^2) k - 1) / 2: noise is worth predicting where data are strong, data where they are weak. Summed
+    over D axes with one common k the slope vanishes at D / (D + trace S): Theorem 3.2 with trace S for d.
+    """
+    return 1 / (1 + variance)
 
 
 def logit_normal(mean, std):
@@ -183,12 +210,12 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
     """Train the linear layer and its target by gradient descent on the u-loss, t uniform.
 
     variances (D,): of the data along each axis, in units of the noise's; a plane of Theorem 3.2 is ones, then
-    zeros (the loss does not see how the axes are turned). While k is learned the rates fall over the last half.
+    zeros (how the axes are turned plays no part). While k is learned the rates fall over the last half.
     Returns (kdiff, mean loss of the last quarter summed over the D axes). watch(step, W (D, D)): each step.
     """
     g, D = torch.Generator().manual_seed(seed), len(variances)
     scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)
-    kdiff = KDiff(Linear(D), target, num_classes=0, loss="u")
+    kdiff = KDiff(Linear(D), target, num_classes=0, loss="u", channels=D)
     groups = [{"params": [kdiff.net.W], "lr": rate * D / 2}]     # of a mean over D: its gradient is 2/D small
     groups += [] if kdiff.w is None else [{"params": [kdiff.w], "lr": k_rate}]
     optimizer = torch.optim.SGD(groups)
@@ -226,6 +253,18 @@ def main():
         learned, least = kdiff.ks()["k"].item(), optimal_loss(k, k - 1, d, D)
         print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {least:18.3f}")
 
+    variances = torch.tensor([4, 4, 1, 0.3, 0.1, 0.01, 0, 0])
+    kdiff, _ = train_linear(variances, "channel", steps=6000, k_rate=16.0)
+    print("\nThe spectrum. One k a direction, for data of any covariance: 1 / (1 + s^2)\n")
+    print("   s^2    " + "".join(f"{s:8.2f}" for s in variances))
+    print("   learned" + "".join(f"{k:8.3f}" for k in torch.sigmoid(kdiff.w.detach()).flatten()))
+    print("   theory " + "".join(f"{k:8.3f}" for k in k_of_direction(variances)))
+    print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise moves it as more pixels do\n")
+    for sigma in (0.7, 1, 2):
+        kdiff, _ = train_linear(variances / sigma ** 2, rate=0.25)
+        k = optimal_k(variances.sum().item() / sigma ** 2, len(variances))
+        print(f"   noise of standard deviation {sigma:3}: learned {kdiff.ks()['k']:.3f}, theory {k:.3f}")
+
     d = 32
     ks = torch.linspace(0, 1, 1001, dtype=torch.float64).tolist()
     print("\nWhat the theorem does not cover. "
@@ -237,6 +276,8 @@ def main():
             ("v-loss, t as in latent space (Table 4), tau 0", "v", logit_normal(0.0, 1.0), 0.0)):
         best = min(ks[1:-1] + [1.0], key=lambda k: optimal_loss(k, k - 1, d, D, loss, density, tau))
         print(f"    {name:50} {best:.3f}")
+    print("\nA linear network that sees t reaches the v-loss s^2 / (s^2 t^2 + (1-t)^2) whatever k is: then "
+          "the target matters\nonly through what a network of finite width and training can do.")
     print("\nThe networks of this repository learn k under the v-loss: do not read a dimension off their k.")
     print(f"({time.time() - start:.0f} s)")
 

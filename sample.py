@@ -27,7 +27,7 @@ import fid
 import model
 from data import (RANK, THREADS, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
                   check_ranges, need, print0, read_tensors, readable, run, seed_of, setup, write_atomically)
-from objective import BINS, KDiff, k_of_t, logit_normal, seeded_normal
+from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
 PUBLISHED = {
@@ -125,12 +125,13 @@ def generate_split(kdiff, codec, shape, classes, n, batch_size, **how):
 
 def assemble(config):
     """The untrained KDiff of a config, a dict of the settings below; UserError where they do not fit."""
+    settings = ("num_classes", "t_mean", "t_std", "noise_scale", "tau", "label_drop", "loss")
+    change = {"qk_norm": True} if config.get("qk_norm") else {}
+    change |= {"patch_size": 1} if config.get("components") else {}            # the codec has cut the patches
     try:
         net = model.build(config["model"], config["net_size"], config["num_classes"], config["in_channels"],
-                          **({"qk_norm": True} if config.get("qk_norm") else {}))
-        return KDiff(net, config["target"], num_classes=config["num_classes"], t_mean=config["t_mean"],
-                     t_std=config["t_std"], noise_scale=config["noise_scale"], tau=config["tau"],
-                     label_drop=config["label_drop"], loss=config["loss"])
+                          **change)
+        return KDiff(net, config["target"], channels=config["in_channels"], **{key: config[key] for key in settings})
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
 
@@ -285,6 +286,14 @@ def draw_curves(panels, path):
     write_atomically(path, sheet.save)
 
 
+def draw_k_of_channel(path, variance, k):
+    """What target "channel" learned: k against 1 / (1 + s^2), s^2 the variance (C,) in units of the noise's."""
+    x = list(range(len(k)))
+    theory = k_of_direction(variance)
+    draw_curves([("k of each channel", "channel", {"learned": (x, k.tolist()), "1 / (1 + s^2)": (x, theory.tolist())}),
+                 ("log10 of its variance s^2", "channel", {"": (x, variance.log10().tolist())})], path)
+
+
 def read_log(run_folder, column):
     """(steps, values) of a column of a run's log.csv, rows without a value left out."""
     with readable(run_folder, f"a run whose log.csv has a column {column!r}"), \
@@ -303,11 +312,12 @@ def write_rows(path, columns, rows):
 
 
 def draw_k_of_t(kdiff, path):
-    """Fig. 5: the learned k(t) of target "time", and the density of the times that training drew."""
+    """Fig. 5: k(t), learned by target "time", EDM's beside it, and the density of training's times."""
     t = torch.linspace(0, 1, 8 * BINS + 1)
-    k, inner = k_of_t(kdiff.w.detach().float().cpu(), t), t[1:-1]
+    c, d = kdiff.coefficients(t.to(kdiff.numbers.device))
+    k, inner = (c / (c - d)).detach().flatten().cpu(), t[1:-1]
     p, x_label = logit_normal(kdiff.t_mean, kdiff.t_std)(inner), "t: noise to data"
-    draw_curves([("k(t)", x_label, {"k": (t.tolist(), k.tolist())}),
+    draw_curves([("k(t)", x_label, {kdiff.target: (t.tolist(), k.tolist()), "edm": (t.tolist(), (1 - t).tolist())}),
                  ("density of the times in training", x_label, {"p": (inner.tolist(), p.tolist())})], path)
 
 

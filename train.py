@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -24,48 +25,66 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser, PatchPCA, UserError, barrier,
                   check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable, run,
-                  seed_of, setup, some_images, write_atomically)
+                  seed_of, setup, some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k
-from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_t, pack_codec, read_log,
+from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_channel, draw_k_of_t, pack_codec, read_log,
                     read_weights, sample_all, unpack_codec, write_rows)
 
-PRESETS = {"paper": {  # Table 4  latent                 pixel
-    "model":               ("LightningDiT-XL/1",   "JiT-B/16"),       # JiT-B/32 at 512 px
-    "image_size":          (256,                   256),
-    "epochs":              (800,                   600),              # ablations: 64 and 200
-    "warmup_epochs":       (0,                     5),
-    "batch_size":          (1024,                  1024),
-    "lr":                  (2e-4,                  2e-4),
-    "k_lr":                (1.0,                   1.0),
-    "ema":                 ([.9999, .9998, .9996], [.9999, .9998, .9996]),
-    "t_mean":              (0.0,                   -0.8),
-    "t_std":               (1.0,                   0.8),
-    "noise_scale":         (1.0,                   None),             # image_size / 256
-    "tau":                 (None,                  0.05),             # 0 where Delta cannot vanish, else 0.05
-    "label_drop":          (0.1,                   0.1),
-    "cfg":                 (1.5,                   2.9),
-    "interval":            ([0.1, 1.0],            [0.1, 1.0]),
-    "log_every":           (50,                    50),
-    "save_every":          (1000,                  1000),
-    "sample_every":        (5000,                  5000),
-    "tokenizer":           (None,                  None)}}
-PRESETS["demo"] = PRESETS["paper"] | {  #          pixel            A patch has more values than the network
-    "model":               ("LightningDiT-demo/1", "JiT-demo/8"),   # is wide: where only x fits through (JiT)
-    "image_size":          (32,                    32),
-    "epochs":              (13,                    10),
-    "warmup_epochs":       (0.25,                  0.25),
-    "batch_size":          (64,                    64),
-    "lr":                  (4e-3,                  4e-3),
-    "k_lr":                (1.0,                   10.0),
-    "ema":                 ([.99, .98, .95],       [.99, .98, .95]),
-    "noise_scale":         (1.0,                   1.0),
-    "cfg":                 (2.0,                   2.0),
-    "log_every":           (20,                    20),
-    "save_every":          (500,                   500),
-    "sample_every":        (500,                   500),
-    "tokenizer":           ("pca",                 None)}
-PCA = dict(factor=8, channels=16)     # of --tokenizer pca
+PRESETS = {"paper": {  # Table 4   latent                  pixel                   the flag's help
+    "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
+    "image_size":    (256,                    256,                    "pixels"),
+    "epochs":        (800.0,                  600.0,                  "passes over the data; ablations: 64 and 200"),
+    "warmup_epochs": (0.0,                    5.0,                    "of linear warmup"),
+    "batch_size":    (1024,                   1024,                   "images a step, over all processes"),
+    "lr":            (2e-4,                   2e-4,                   "learning rate, constant after the warmup"),
+    "k_lr":          (1.0,                    1.0,                    "learning rate of w, a multiple of --lr"),
+    "ema":           ([.9999, .9998, .9996],  [.9999, .9998, .9996],  "decays of the averages of the weights"),
+    "t_mean":        (0.0,                    -0.8,                   "of the normal whose sigmoid is t"),
+    "t_std":         (1.0,                    0.8,                    "of the same"),
+    "noise_scale":   (1.0,                    None,                   "of the noise; in pixels image_size / 256"),
+    "tau":           (None,                   0.05,                   "least Delta; 0 where that cannot vanish"),
+    "label_drop":    (0.1,                    0.1,                    "probability of training without the label"),
+    "cfg":           (1.5,                    2.9,                    "guidance scale of pictures"),
+    "interval":      ([0.1, 1.0],             [0.1, 1.0],             "times between which guidance acts"),
+    "log_every":     (50,                     50,                     "steps"),
+    "save_every":    (1000,                   1000,                   "steps between checkpoints; the last is kept"),
+    "sample_every":  (5000,                   5000,                   "steps between pictures; 0: only at the end"),
+    "tokenizer":     (None,                   None,                   "pca (of patches), or VA-VAE weights"),
+}}
+PRESETS["demo"] = {    # built-in data: a patch has more values than the network is wide, so that only x fits (JiT)
+    "model":         ("LightningDiT-demo/1",  "JiT-demo/8"),
+    "image_size":    (32,                     32),
+    "epochs":        (13.0,                   10.0),
+    "warmup_epochs": (0.25,                   0.25),
+    "batch_size":    (64,                     64),
+    "lr":            (4e-3,                   4e-3),
+    "k_lr":          (1.0,                    10.0),
+    "ema":           ([.99, .98, .95],        [.99, .98, .95]),
+    "noise_scale":   (1.0,                    1.0),
+    "cfg":           (2.0,                    2.0),
+    "log_every":     (20,                     20),
+    "save_every":    (500,                    500),
+    "sample_every":  (500,                    500),
+    "tokenizer":     ("pca",                  None),
+}
+PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own at 64 to 128 px: one GPU of 12 GB, or patience
+    "model":         ("LightningDiT-S/1",     None),                  # JiT-S, patch = image_size / 8
+    "image_size":    (64,                     64),
+    "epochs":        (400.0,                  400.0),
+    "warmup_epochs": (5.0,                    5.0),
+    "batch_size":    (64,                     64),
+    "lr":            (5e-4,                   5e-4),
+    "k_lr":          (1.0,                    10.0),
+    "ema":           ([.999, .998, .995],     [.999, .998, .995]),
+    "noise_scale":   (1.0,                    1.0),
+    "cfg":           (1.5,                    2.0),
+    "log_every":     (20,                     20),
+    "save_every":    (500,                    500),
+    "sample_every":  (1000,                   1000),
+    "tokenizer":     ("pca",                  None),
+}
+COMPONENTS = ("channel", "asym")      # targets that take the principal components of patches as channels
 
 # What a resumed run must share with its checkpoint; all else may change, and is told.
 FIXED = ("model", "target", "space", "loss", "images", "num_classes", "net_size", "in_channels", "batch_size", "seed",
@@ -79,8 +98,10 @@ def train(state, codec, data, args, device):
     batch_size, micro_batch, workers, lr, k_lr, warmup_epochs, clip, dtype. Norm and loss are this process's;
     after a step that was skipped the norm is not finite. Whoever drives the loop logs, saves, shows, stops.
     """
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")       # renamed in torch 2.13
     model = state.kdiff if WORLD == 1 else DistributedDataParallel(
-        state.kdiff, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+        state.kdiff, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
+        gradient_as_bucket_view=True)
     warmup, share = args.warmup_epochs * len(data) / args.batch_size, args.batch_size // WORLD
     for step, (batch, labels) in enumerate(batches(data, args, state.step, device), state.step):
         # a seed for each image, from the step and its place in the batch: noise, t and label drop follow it
@@ -123,9 +144,14 @@ def main():
     device, *_ = setup(args.device)
     data, codec = open_data(args)
     config = settle(args, data, codec, device)
-    kdiff = build(args, config, data)
+    torch.manual_seed(args.seed)
+    with torch.device("meta" if args.dry_run else "cpu"):                 # a dry run needs no weights
+        kdiff = assemble(config)
+    describe(args, config, kdiff, data)
     if args.dry_run:
         return
+    if args.init:
+        start_from(args.init, kdiff, args, len(data.classes))
     state, path = State(kdiff.to(device).train(), args.ema), args.out / "ckpt.pt"
     codec = resume(path, state, codec, config, args, data)
     if state.step >= args.steps and (not args.samples or (args.out / "samples.png").exists()):
@@ -252,74 +278,97 @@ def resume(path, state, codec, config, args, data):
 def parse():
     """The command line over its preset. UserError for values that cannot work."""
     parser, yes_no = Parser(__doc__), argparse.BooleanOptionalAction
-    add = parser.add_argument_group("run").add_argument
+    add = parser.add_argument
     add("--space", choices=("pixel", "latent"), default="pixel", help="of the data: the column of Table 4")
-    add("--preset", choices=list(PRESETS), help="the other defaults (default: demo for built-in data, else paper)")
-    add("--out", help="folder of checkpoints, log and pictures (default out/SPACE[-TARGET])")
+    add("--data", default="shapes", help="shapes (default), fashion, a folder of images or latents, or packed array")
+    add("--data_dir", help="where the files of --data fashion lie, if not where they are looked for")
+    add("--preset", choices=list(PRESETS), help="the other defaults: demo for built-in data, else paper")
+    add("--out", help="folder of checkpoints, log and pictures (default out/SPACE[-DATA][-TARGET])")
+    add("--target", default="k", help=f"{', '.join(TARGETS)}, or a number in [0, 1]: k, fixed (default k)")
+    add("--loss", choices=LOSSES, default="v", help="the variable whose error is squared (default v)")
     add("--steps", type=int, help="optimiser steps in all (default: from --epochs)")
-    add("--epochs", type=float, help="passes over the data in all")
-    add("--seed", type=int, default=0, help="of weights, order, noise, pictures")
-    add("--device", help="cuda, cpu, mps, ... (default: cuda where there is one)")
-    add("--dry_run", action="store_true", help="print what would be done, with all settings, and stop")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help="folder of images or latents, or a packed array (default: shapes)")
-    add("--image_size", type=int, help="pixels")
-    add("--flip", action=yes_no, default=True, help="mirror images of --data at random")
-    add("--workers", type=int, help="loading processes of each training process")
-    add("--tokenizer", help="in latent space: pca (of patches of images), or VA-VAE weights to see latents")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", help="a size that `python model.py` lists, over a patch size")
-    add("--qk_norm", action="store_true", help="LightningDiT: normalise queries and keys")
+    add("--seed", type=int, default=0, help="of weights, order, noise, pictures (default 0)")
     add("--init", metavar="CKPT", help="start from these weights, ours or published")
-    add = parser.add_argument_group("objective").add_argument
-    add("--target", default="k", help=f"{', '.join(TARGETS)}, or a number in [0, 1]: k, fixed")
-    add("--loss", choices=LOSSES, default="v", help="the variable whose error is squared")
-    add("--t_mean", type=float, help="of the normal whose sigmoid is t")
-    add("--t_std", type=float, help="of the same")
-    add("--noise_scale", type=float, help="standard deviation of the noise")
-    add("--tau", type=float, help="least Delta in the division")
-    add("--label_drop", type=float, help="probability of training without the label")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", type=int, help="images a step, over all processes")
-    add("--micro_batch", type=int, help="images at a time on a process (default: at most 128); gradients add up")
-    add("--lr", type=float, help="learning rate, constant after the warmup")
-    add("--k_lr", type=float, help="learning rate of w as a multiple of --lr; 1 is the paper's")
-    add("--warmup_epochs", type=float, help="of linear warmup")
-    add("--ema", type=float, nargs="+", help="decays of the averages of the weights")
-    add("--clip", type=float, default=0.0, help="largest gradient norm; 0: none")
+    add("--dry_run", action="store_true", help="print what would be done, with all settings, and stop")
+    add("--device", help="cuda, cpu, mps, ... (default: cuda where there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 on GPUs that have it)")
     add("--compile", action=yes_no, help="compile each block (default: on GPUs, but for the demo)")
     add("--activation_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add = parser.add_argument_group("logging").add_argument
-    add("--log_every", type=int, help="steps")
-    add("--save_every", type=int, help="steps between checkpoints; the last one is ckpt.pt")
+    add("--micro_batch", type=int, help="images at a time on a process (default: at most 128); gradients add up")
+    add("--workers", type=int, help="loading processes of each training process")
+    add("--flip", action=yes_no, default=True, help="mirror images of --data at random")
+    add("--qk_norm", action="store_true", help="LightningDiT: normalise queries and keys")
+    add("--clip", type=float, default=0.0, help="largest gradient norm; 0: none")
     add("--keep_every", type=int, default=0, help="steps between checkpoints that stay, as ckpt-STEP.pt")
-    add("--sample_every", type=int, help="steps between pictures; 0: only at the end")
     add("--samples", type=int, help="images in a picture; 0: no pictures")
     add("--sample_steps", type=int, help="solver steps for pictures (default 25; on a GPU 50)")
-    add("--cfg", type=float, help="guidance scale of pictures")
-    add("--interval", type=float, nargs=2, help="times between which guidance acts")
+    for name, (latent, pixel, text) in PRESETS["paper"].items():
+        value = pixel if latent is None else latent
+        many = {"nargs": "+" if name == "ema" else 2} if isinstance(value, list) else {}
+        add(f"--{name}", type=type(value[0] if many else value or ""), help=f"{text} ({latent} / {pixel})", **many)
     args = parser.parse_args()
-    args.preset = args.preset or ("demo" if args.data == "shapes" else "paper")
-    for name, columns in PRESETS[args.preset].items():
+    args.preset = args.preset or ("demo" if args.data in ("shapes", "fashion") else "paper")
+    for name, columns in (PRESETS["paper"] | PRESETS[args.preset]).items():
         if getattr(args, name) is None:
             setattr(args, name, columns[args.space == "pixel"])
-        elif name == "image_size" and args.preset == "paper" and args.space == "pixel" and args.model is None:
-            args.model = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size, "")
     check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1, epochs=0,
                  sample_every=0, keep_every=0, samples=0, sample_steps=1, workers=0, lr=0, k_lr=0, clip=0,
                  warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0, tau=0)
+    if args.model is None:
+        args.model = f"JiT-S/{args.image_size // 8}" if args.preset == "small" else \
+            {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
     need(args.model, f"--image_size {args.image_size} has no network in Table 4: "
-         "name one, such as --model JiT-B/16")
+         "try --preset small, or name one, such as --model JiT-B/16")
     need(all(0 < decay < 1 for decay in args.ema),
          f"--ema {' '.join(map(str, args.ema))}: decays lie between 0 and 1")
     args.noise_scale = args.image_size / 256 if args.noise_scale is None else args.noise_scale
     end = args.target == "eps" or fixed_k(args.target) == 0               # Delta = t vanishes with t
     if args.tau is None:
-        args.tau = 0.05 if end or args.target == "x" or fixed_k(args.target) == 1 else 0.0
+        args.tau = 0.05 if end or args.target in ("x", "asym") or fixed_k(args.target) == 1 else 0.0
     need(args.tau or not end, f"--tau 0 with --target {args.target} divides by zero at t = 0: try --tau 0.05")
-    args.out = Path(args.out or f"out/{args.space}" + (f"-{args.target}" if args.target != "k" else ""))
+    name = args.space + ("" if args.data == "shapes" else f"-{Path(args.data).stem}")
+    args.out = Path(args.out or f"out/{name}" + ("" if args.target == "k" else f"-{args.target}"))
     return args
+
+
+def open_data(args):
+    """The dataset and the Codec that makes it the network's x. UserError where data and space do not fit."""
+    data = open_dataset(args.data, args.image_size, args.data_dir)
+    data.flips, data.seed = data.flips and args.flip, args.seed
+    if isinstance(data, Latents):
+        need(args.space == "latent", f"--data {args.data} holds latents: pass --space latent")
+        return data, latent_codec(args, data)
+    if args.space == "pixel" and args.target not in COMPONENTS:
+        return data, Codec()
+    need(args.space == "pixel" or args.tokenizer == "pca", f"--data {args.data} holds images: pass --tokenizer "
+         f"pca, or run `python data.py encode {args.data} --tokenizer FILE --image_size {args.image_size} "
+         "--out latents` and pass --data latents")
+    factor = int(args.model.rpartition("/")[2]) if args.space == "pixel" else 8
+    need(args.image_size % factor == 0, f"--image_size {args.image_size} is no multiple of the patch, {factor} px")
+    images = some_items(data).float() / 127.5 - 1
+    if args.space == "pixel":              # all components, orthonormal: noise stays white and nothing is lost
+        codec = Codec(PatchPCA.fit(images, factor, 3 * factor ** 2))
+    else:
+        tokenizer = PatchPCA.fit(images, factor, 16)
+        std, mean = torch.std_mean(tokenizer.encode(images), (0, 2, 3), keepdim=True)
+        codec = Codec(tokenizer, mean, std)
+    for buffer in codec.buffers() if WORLD > 1 else ():
+        dist.broadcast(buffer, 0)                              # machines may differ in a component's sign
+    return data, codec
+
+
+def latent_codec(args, data):
+    """The Codec of stored latents. UserError where they do not fit the flags or their statistics."""
+    C, h, w = data.shape
+    need(h == w and args.image_size == h * VAVAE.factor, f"--data {args.data} holds latents of {h}x{w}: "
+         f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
+    need(not args.tokenizer or C == VAVAE.channels,
+         f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
+    codec = Codec(VAVAE(args.tokenizer) if args.tokenizer else None, data.mean, data.std)
+    std = codec.encode(some_items(data, 64)).std().item()
+    need(0.5 < std < 2, f"--data {args.data}: normalised latents have std {std:.2f}, not about 1: "
+         "the statistics belong to other latents")
+    return codec
 
 
 def settle(args, data, codec, device):
@@ -330,58 +379,23 @@ def settle(args, data, codec, device):
     fits = next(m for m in range(min(share, args.micro_batch or 128), 0, -1) if share % m == 0)
     need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} does not divide the {share} images "
          f"of a process: try {fits}")
-    demo, cuda, latents = args.preset == "demo", device.type == "cuda", args.space == "latent"
+    demo, cuda = args.preset == "demo", device.type == "cuda"
     defaults = {"micro_batch": fits, "steps": max(1, round(args.epochs * len(data) / args.batch_size)),
                 "workers": 0 if demo else min(8, (os.cpu_count() or 1) // LOCAL_WORLD),
                 "compile": cuda and not demo,              # the demo would end before compiling does
-                "samples": 64 if demo or cuda else 4, "sample_steps": 50 if cuda and not demo else 25}
+                "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    factor = (codec.tokenizer or VAVAE).factor if latents else 1
+    C, size, _ = codec.encode(some_items(data, 1))[0].shape
     faded = [decay for decay in args.ema if decay ** args.steps < 0.01]  # the initial weights are forgotten here
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
-        "net_size": args.image_size // factor, "in_channels": codec.mean.shape[1] if latents else 3,
-        "images": len(data), "num_classes": len(data.classes), "processes": WORLD,
+        "net_size": size, "in_channels": C, "images": len(data), "num_classes": len(data.classes),
+        "components": args.space == "pixel" and codec.tokenizer is not None, "processes": WORLD,
         "ema_default": str(max(faded, default=min(args.ema)))}
 
 
-def open_data(args):
-    """The dataset and the Codec that makes it the network's x. UserError where data and space do not fit."""
-    data = open_dataset(args.data, args.image_size)
-    data.flips, data.seed = data.flips and args.flip, args.seed
-    if args.space == "pixel":
-        need(not isinstance(data, Latents), f"--data {args.data} holds latents: pass --space latent")
-        return data, Codec()
-    if not isinstance(data, Latents):
-        need(args.tokenizer == "pca", f"--data {args.data} holds images: pass --tokenizer pca, or run `python "
-             f"data.py encode {args.data} --tokenizer FILE --image_size {args.image_size} --out latents` "
-             "and pass --data latents")
-        need(args.image_size % PCA["factor"] == 0,
-             f"--image_size {args.image_size} is no multiple of the patch, {PCA['factor']} px")
-        images = some_images(data)
-        tokenizer = PatchPCA.fit(images, **PCA)
-        std, mean = torch.std_mean(tokenizer.encode(images), (0, 2, 3), keepdim=True)
-        codec = Codec(tokenizer, mean, std)
-        for buffer in codec.buffers() if WORLD > 1 else ():
-            dist.broadcast(buffer, 0)                      # machines may differ in the sign of a component
-        return data, codec
-    C, h, w = data.shape
-    need(h == w and args.image_size == h * VAVAE.factor, f"--data {args.data} holds latents of {h}x{w}: "
-         f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
-    need(not args.tokenizer or C == VAVAE.channels,
-         f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
-    codec = Codec(VAVAE(args.tokenizer) if args.tokenizer else None, data.mean, data.std)
-    some = codec.encode(torch.stack([data[i][0] for i in range(0, len(data), max(1, len(data) // 64))]))
-    need(0.5 < some.std() < 2, f"--data {args.data}: normalised latents have std {some.std():.2f}, "
-         "not about 1: the statistics belong to other latents")
-    return data, codec
-
-
-def build(args, config, data):
-    """The KDiff of the settings, described and, with --init, started from a checkpoint's weights."""
-    torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else "cpu"):                 # a dry run needs no weights
-        kdiff = assemble(config)
+def describe(args, config, kdiff, data):
+    """Print the settings in force and what they amount to; warn where they cannot work."""
     shape, share = (config["in_channels"], config["net_size"], config["net_size"]), args.batch_size // WORLD
     print0("settings  " + "  ".join(f"{key}={value}" for key, value in config.items()
                                     if value is not None and key not in ("out", "steps", "epochs", "dry_run")))
@@ -392,25 +406,34 @@ def build(args, config, data):
            f"x {args.micro_batch} images")
     per_epoch = len(data) / args.batch_size
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
+    if config["components"]:
+        print0(f"channels  the {shape[0]} principal components of a patch, strongest first: the same patches in "
+               "another basis")
     if float(config["ema_default"]) < max(args.ema):
         print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run has "
                f"{args.steps:,}: pictures show {config['ema_default']}; --ema sets others")
+    farthest = args.lr * args.k_lr * args.steps
+    if kdiff.w is not None and farthest < 3:
+        print0(f"k         w moves by at most {farthest:.2g} in {args.steps:,} steps, so that k stays below "
+               f"{1 / (1 + math.exp(-farthest)):.2f}: {len(data):,} images may want --preset small")
     print0(f"writes to {args.out}")
-    if args.init and not args.dry_run:
-        source, weights, *_ = read_weights(args.init)
-        if source["target"] != args.target:
-            weights = {key: value for key, value in weights.items() if key != "w"}
-            print0(f"--init {args.init} predicts {source['target']}, this run {args.target}: its output is read "
-                   "as another variable until training has adapted it")
-        if source["num_classes"] != len(data.classes):
-            weights = {key: value for key, value in weights.items() if "y_embedder" not in key}
-            print0(f"--init {args.init} knows {source['num_classes']} classes, these data have "
-                   f"{len(data.classes)}: the table of labels starts anew")
-        try:
-            kdiff.load_state_dict(kdiff.state_dict() | weights)
-        except (RuntimeError, AttributeError) as error:
-            raise UserError(f"--init {args.init}: not a {args.model} for this data ({in_short(error)})") from None
-    return kdiff
+
+
+def start_from(path, kdiff, args, classes):
+    """Load a checkpoint's network, ours or published; not its w for another target, nor labels of others."""
+    source, weights, *_ = read_weights(path)
+    if source["target"] != args.target:
+        weights = {key: value for key, value in weights.items() if key != "w"}
+        print0(f"--init {path} predicts {source['target']}, this run {args.target}: its output is read as another "
+               "variable until training has adapted it")
+    if source["num_classes"] != classes:
+        weights = {key: value for key, value in weights.items() if "y_embedder" not in key}
+        print0(f"--init {path} knows {source['num_classes']} classes, these data have {classes}: "
+               "the table of labels starts anew")
+    try:
+        kdiff.load_state_dict(kdiff.state_dict() | weights)
+    except (RuntimeError, AttributeError) as error:
+        raise UserError(f"--init {path}: not a {args.model} for this data ({in_short(error)})") from None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -448,7 +471,7 @@ def agreed(number):
 
 class Log:
     """Lines on the screen and in log.csv; a resumed run first drops the rows that it is going to write again."""
-    columns = ("step", "epoch", "loss", "k", "k1", "k2", "lr", "grad", "img_per_s", "skipped")
+    columns = ("step", "epoch", "loss", "k", "k1", "k2", "k_min", "k_max", "lr", "grad", "img_per_s", "skipped")
 
     def __init__(self, path, state, args, data):
         self.path, self.state, self.args, self.per_epoch = path, state, args, len(data) / args.batch_size
@@ -513,9 +536,17 @@ def show(args, state, codec, data, config, last):
               for names in panels]
     written.append(args.out / "curves.png")
     draw_curves(curves, written[-1])
-    if args.target == "time":
+    if args.target in ("time", "edm"):
         written.append(args.out / "k_of_t.png")
         draw_k_of_t(state.kdiff, written[-1])
+    if args.target == "channel":
+        written.append(args.out / "k_of_channel.png")
+        x = codec.encode(some_items(data).to(state.kdiff.w.device)) / args.noise_scale
+        spectrum = {"variance": x.var((0, 2, 3)), "k": torch.sigmoid(state.kdiff.w.detach()).flatten()}
+        columns = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in spectrum.items()}
+        write_rows(args.out / "k_of_channel.csv", ("channel", *columns),
+                   [dict(zip(("channel", *columns), row)) for row in zip(range(x.shape[1]), *columns.values())])
+        draw_k_of_channel(written[-1], **spectrum)
     return written
 
 
