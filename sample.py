@@ -22,11 +22,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 import fid
 import model
 from data import (RANK, THREADS, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
-                  check_ranges, need, print0, read_tensors, readable, run, seed_of, setup, write_atomically)
+                  check_ranges, need, open_dataset, print0, read_in_batches, read_tensors, readable, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -59,10 +60,14 @@ def guided(kdiff, y, scale, interval):
     return velocity
 
 
-def integrate(velocity, z, steps=50, solver="heun"):
-    """Solve dz/dt = velocity(z, t) from t = 0 to 1 in equal steps; "euler", or "heun" with Euler's last."""
+def integrate(velocity, z, steps=50, solver="heun", watch=lambda z: None):
+    """Solve dz/dt = velocity(z, t) from t = 0 to 1 in equal steps; "euler", or "heun" with Euler's last.
+
+    watch(z) is shown where each step begins.
+    """
     times = torch.linspace(0, 1, steps + 1)
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        watch(z)
         v = velocity(z, t)
         if solver == "heun" and i < steps - 1:
             v = (v + velocity(z + (t_next - t) * v, t_next)) / 2
@@ -91,15 +96,15 @@ def compile_blocks(net):
 
 
 @torch.no_grad()
-def generate(kdiff, codec, shape, labels, indices, cfg, interval, steps=50, solver="heun", seed=0, dtype=None):
+def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype=None, seed=0, **solve):
     """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]).
 
-    shape (C,H,W): of the network's x. The other arguments as in guided() and integrate(); dtype: of autocast.
+    shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate(); dtype: of autocast.
     """
     device = next(kdiff.parameters()).device
     z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
     with autocast(device, dtype):
-        x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, steps, solver)
+        x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, **solve)
     return codec.decode(x)
 
 
@@ -227,14 +232,13 @@ INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (120, 120, 120)]
 
 
-def draw_grid(images, names, path, columns):
-    """Write uint8 images (N,3,H,W) as rows of `columns`, a row's name in front; small ones enlarged."""
+def grid(images, names, columns):
+    """A picture of uint8 images (N,3,H,W) in rows of `columns`, a row's name in front; small ones enlarged."""
     size = images.shape[-1]
     zoom, gap = max(1, 96 // size), 4
     cell, font = size * zoom + gap, ImageFont.load_default(14)
     margin = 16 + int(max(font.getlength(name) for name in names))
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (margin + columns * cell + gap, rows * cell + gap), PAPER)
+    sheet = Image.new("RGB", (margin + columns * cell + gap, -(-len(images) // columns) * cell + gap), PAPER)
     pen = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
@@ -243,7 +247,31 @@ def draw_grid(images, names, path, columns):
         sheet.paste(picture, (margin + column * cell, gap + row * cell))
         if column == 0:
             pen.text((8, gap + row * cell + cell // 2), names[row], INK, font, anchor="lm")
-    write_atomically(path, sheet.save)
+    return sheet
+
+
+def draw_grid(images, names, path, columns):
+    """Write the grid() of images as a PNG."""
+    write_atomically(path, grid(images, names, columns).save)
+
+
+def draw_paths(paths, names, out):
+    """Write a GIF of the solver's way: paths is, a row each, a list of uint8 images (N,3,H,W), noise first."""
+    frames = [grid(torch.cat(images), names, len(images[0])) for images in zip(*paths)]
+    write_atomically(out, lambda temporary: frames[0].save(
+        temporary, save_all=True, append_images=frames[1:] + frames[-1:] * 15, duration=80, loop=0))
+
+
+def nearest(images, data):
+    """To each of the uint8 images (N,3,H,W) the item of a dataset whose pixels are nearest: (N,3,H,W)."""
+    distance, found = torch.full((len(images),), math.inf), images.clone()
+    progress, done = Progress(len(data)), 0
+    for batch, _ in read_in_batches(data, range(len(data)), 512):
+        d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
+        found = torch.where((d < distance).view(-1, 1, 1, 1), batch[i], found)
+        distance = torch.minimum(d, distance)
+        progress(done := done + len(batch))
+    return found
 
 
 def ticks(low, high):
@@ -416,8 +444,8 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="+", help="ckpt.pt of a run, or a published file; with --fid several, with --plot "
-        "folders of runs")
+    add("checkpoint", nargs="*", help="ckpt.pt of a run, or a published file; with --fid or --gif several, with "
+        "--plot folders of runs")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
     add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say "
         "--samples (default: 8 a class in a grid, 50,000 for --fid)")
@@ -439,14 +467,18 @@ def parse():
     add("--features", choices=("inception", "pixels"), default="inception",
         help="for --fid (default inception)")
     add("--weights", help="Inception weights file, for --fid")
+    add("--nearest", metavar="DATA", help="below each sample its nearest picture of these training data")
+    add("--gif", metavar="FILE", help="draw the solver's way from noise to picture, a row for each checkpoint")
+    add("--toy", metavar="PICTURE", help="no checkpoint: train and draw the spiral of the JiT paper, k learned")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     check_ranges(args, n=1, steps=1, batch_size=1)
     need(not args.out or Path(args.out).suffix in ("", ".png", ".npz"),
          f"--out {args.out}: a .png, an .npz or a folder")
     need(not args.fid or not args.out, "--fid measures samples without writing them: leave out --out")
-    need(args.fid or args.plot or len(args.checkpoint) == 1,
-         f"{args.checkpoint[-1]}: one checkpoint at a time (several go with --fid or --plot)")
+    need(args.checkpoint or args.toy, "name a checkpoint, such as out/pixel/ckpt.pt (see --help)")
+    need(args.fid or args.plot or args.gif or len(args.checkpoint) < 2,
+         f"{args.checkpoint[-1:]}: one checkpoint at a time (several go with --fid, --gif or --plot)")
     return args
 
 
@@ -454,52 +486,124 @@ def plot(folders, column, out):
     """Draw a column of the log.csv of several runs into one picture."""
     names = [Path(folder).name for folder in folders]
     names = names if len(set(names)) == len(names) else folders
-    draw_curves([(column, "step", {name: read_log(folder, column) for name, folder in zip(names, folders)})], out)
+    curves = {name: read_log(folder, column) for name, folder in zip(names, folders)}
+    draw_curves([(column, "step", curves)], out)
     print0(f"wrote {out}")
 
 
 def main():
-    """Draw a grid, write samples or measure them, as the flags say."""
+    """Draw a grid or a GIF, write samples or measure them, as the flags say."""
     args = parse()
+    if args.toy:
+        return toy(args.toy)
     if args.plot:
         return plot(args.checkpoint, args.plot, args.out or f"{args.plot}.png")
     device, *_ = setup(args.device)
     if args.fid:
         reference = fid.load_reference(args.fid, args.features)
         extractor = fid.make_extractor(args.features, args.weights, device)
+    drawn = not args.fid and (args.out is None or args.out.endswith(".png"))          # a grid, or a GIF
+    paths = {}
     for path in map(Path, args.checkpoint):
         it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
         need(it.codec.decodes, f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
-        grid = not args.fid and (args.out is None or args.out.endswith(".png"))
         classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
-        classes = classes[:8] if grid and not args.classes else classes
+        classes = classes[:8] if drawn and not args.classes else classes
         how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
                    interval=args.interval or it.config["interval"],
-                   steps=args.steps, solver=args.solver, seed=args.seed, dtype=precision(device, args.dtype))
-        n = args.n or (8 * len(classes) if grid else 50_000 if args.fid else len(classes))
+                   steps=args.steps, solver="euler" if args.gif else args.solver, seed=args.seed,
+                   dtype=precision(device, args.dtype))
+        n = args.n or (50_000 if args.fid else 8 * len(classes) if drawn and not args.gif else len(classes))
         settings = dict(checkpoint=path.name, step=it.step, ema=it.ema, model=it.config["model"],
-                        net_size=it.config["net_size"], n=n, classes=args.classes or "all",
-                        solver_steps=args.steps, **how)
-        del settings["steps"]
+                        net_size=it.config["net_size"], n=n, classes=args.classes or "all", **how)
         if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
             compile_blocks(it.kdiff.net)
         print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
                + " | ".join(f"{key} {value}" for key, value in how.items()))
+        columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
+        labels = [c for c in classes for _ in range(columns)]                         # whole rows
         if args.fid:
-            settings["reference"] = args.fid
-            measure(it, path, classes, n, args.batch_size, how, extractor, reference, settings)
-        elif grid:
-            columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
-            labels = [c for c in classes for _ in range(columns)]                  # whole rows
-            if RANK == 0:
-                images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
-                draw_grid(images, [it.classes[c] for c in classes], out, columns)
-            print0(f"wrote {out}: {len(labels)} samples")
-        else:
+            measure(it, path, classes, n, args.batch_size, how, extractor, reference,
+                    settings | {"solver_steps": settings.pop("steps"), "reference": args.fid})
+        elif not drawn:
             size = it.shape[1] * (it.codec.tokenizer.factor if it.codec.tokenizer else 1)
             batches = generate_split(it.kdiff, it.codec, it.shape, classes, n, args.batch_size, **how)
             write_samples(batches, n, size, args.out, settings)
             print0(f"wrote {args.out}: {n:,} samples")
+        elif RANK == 0 and args.gif:
+            row = paths.setdefault(f"{it.config['space']} {it.config['target']}", [])
+            last = generate(it.kdiff, it.codec, it.shape, labels[:n], range(n), **how,
+                            watch=lambda z: row.append(it.codec.decode(z).cpu()))
+            row.append(last.cpu())
+        elif RANK == 0:
+            images, names = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how), it.classes
+            if args.nearest:
+                found = nearest(images, open_dataset(args.nearest, images.shape[-1]))
+                rows = zip(images.split(columns), found.split(columns))
+                images = torch.cat([each for pair in rows for each in pair])
+            draw_grid(images, [name for c in classes for name in (names[c], "nearest")[:1 + bool(args.nearest)]],
+                      out, columns)
+            print0(f"wrote {out}: {len(labels)} samples")
+    if args.gif and RANK == 0:
+        draw_paths(paths.values(), list(paths), args.gif)
+        print0(f"wrote {args.gif}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The spiral of the JiT paper (its Figure 2), with k learned: the whole program with a network of another kind
+
+class MLP(nn.Module):
+    """u^ = net(z, t, y): all that KDiff and integrate() ask of a network. z (N, D, 1, 1), t (N,) in [0, 1]."""
+
+    def __init__(self, D, width=256, frequencies=32):
+        super().__init__()
+        widths = [D + 2 * frequencies] + 4 * [width]
+        layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, D))
+        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies))
+
+    def forward(self, z, t, y):
+        """u^ like z; labels y play no part."""
+        a = t[:, None] * self.frequencies
+        return self.layers(torch.cat([z.flatten(1), a.cos(), a.sin()], dim=1)).view_as(z)
+
+
+def spiral(u):
+    """The points (N, 2) of a spiral at u (N,) in [0, 1], evenly spread along it, of variance about 1."""
+    angle = 3 * math.pi * (u + 0.02).sqrt()
+    return 0.2 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def toy(out, steps=1000, batch=512, n=512):
+    """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. Draws a row a target, a column a D."""
+    cell, font = 200, ImageFont.load_default(14)
+    sheet = Image.new("RGB", (4 * cell, 4 * cell), PAPER)
+    pen, curve = ImageDraw.Draw(sheet), spiral(torch.linspace(0, 1, 2000))
+    for row, target in enumerate(("eps", "v", "x", "k")):
+        for column, D in enumerate((2, 8, 16, 512)):
+            torch.manual_seed(0)
+            P = torch.linalg.qr(torch.randn(D, 2)).Q                              # (D, 2), orthonormal
+            kdiff = KDiff(MLP(D), target, num_classes=0, t_mean=0.0, t_std=1.0, channels=D)
+            w = [] if kdiff.w is None else [{"params": [kdiff.w], "lr": 1e-2}]
+            optimizer = torch.optim.Adam([{"params": kdiff.net.parameters()}, *w], lr=1e-3)
+            y = torch.zeros(batch, dtype=torch.long)
+            for _ in range(steps):
+                x = spiral(torch.rand(batch)) @ P.T                               # (N, D)
+                loss = kdiff(x.view(batch, D, 1, 1), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            with torch.no_grad():
+                z = integrate(guided(kdiff, y[:n], 1.0, (0.0, 1.0)), torch.randn(n, D, 1, 1)).flatten(1)
+            off = torch.cdist(z, curve @ P.T).min(1).values.mean().item()
+            k = kdiff.ks()["k"].item()
+            print0(f"D {D:3} | target {target:3} | k {k:.3f} | mean distance to the spiral {off:.3f}")
+            pen.text((column * cell + 8, row * cell + 6), f"D {D}  {target}  k {k:.2f}", INK, font)
+            for a, b in (z @ P).clamp(-3, 3).tolist():
+                at = column * cell + cell / 2 + 30 * a, row * cell + cell / 2 + 30 * b
+                pen.rectangle([at, (at[0] + 1, at[1] + 1)], COLOURS[row])
+    write_atomically(out, sheet.save)
+    print0(f"wrote {out}")
 
 
 if __name__ == "__main__":

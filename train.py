@@ -84,6 +84,14 @@ PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own at 64 to 128 px: o
     "sample_every":  (1000,                   1000),
     "tokenizer":     ("pca",                  None),
 }
+FASHION = PRESETS["demo"] | {              # of --data fashion: the demo at more steps
+    "epochs":        (4.267,                  4.267),
+    "warmup_epochs": (0.03,                   0.03),
+    "ema":           ([.999, .998, .995],     [.999, .998, .995]),
+    "log_every":     (50,                     50),
+    "save_every":    (1000,                   1000),
+    "sample_every":  (1000,                   1000),
+}
 COMPONENTS = ("channel", "asym")      # targets that take the principal components of patches as channels
 
 # What a resumed run must share with its checkpoint; all else may change, and is told.
@@ -308,7 +316,8 @@ def parse():
         add(f"--{name}", type=type(value[0] if many else value or ""), help=f"{text} ({latent} / {pixel})", **many)
     args = parser.parse_args()
     args.preset = args.preset or ("demo" if args.data in ("shapes", "fashion") else "paper")
-    for name, columns in (PRESETS["paper"] | PRESETS[args.preset]).items():
+    preset = FASHION if (args.data, args.preset) == ("fashion", "demo") else PRESETS[args.preset]
+    for name, columns in (PRESETS["paper"] | preset).items():
         if getattr(args, name) is None:
             setattr(args, name, columns[args.space == "pixel"])
     check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1, epochs=0,
