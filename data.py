@@ -504,7 +504,7 @@ class ArrayFile:
         self.row = dtype.itemsize * math.prod(shape[1:])                          # bytes
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
+            with writable(path), open(path, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 file.truncate(file.tell() + self.row * shape[0])
         barrier()
@@ -512,12 +512,9 @@ class ArrayFile:
 
     def write(self, first, rows):
         """Write an array's rows at first, first + 1, ...; UserError where there is no room."""
-        try:
-            with open(self.path, "r+b") as file:
-                file.seek(self.start + first * self.row)
-                file.write(rows.tobytes())
-        except OSError as error:
-            raise FileError(f"{self.path} could not be written: {error.strerror}") from None
+        with writable(self.path), open(self.path, "r+b") as file:
+            file.seek(self.start + first * self.row)
+            file.write(rows.tobytes())
 
 
 def read_in_batches(data, indices, batch_size):
@@ -701,6 +698,15 @@ def readable(path, what, reason=None, remedy=""):
         raise FileError(f"{path}: not {what} ({reason or in_short(error)}){remedy}") from None
 
 
+@contextmanager
+def writable(path):
+    """Within: an OSError, such as a full disk, becomes a FileError on path."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path} could not be written: {error.strerror}") from None
+
+
 def in_short(error):
     """An error's text on one line, for the end of ours."""
     text = getattr(error, "strerror", None) or str(error)
@@ -747,14 +753,15 @@ def write_atomically(path, write):
 def explain(error):
     """One line for a UserError, or for what is no bug of ours: a path, memory, a lost process. Else raises."""
     if isinstance(error, UserError):          # from a loading process it comes in a traceback: the last line
-        return str(error).rstrip().splitlines()[-1].rpartition("Error: ")[2]
+        text = str(error).rstrip()
+        return text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
     if "DataLoader worker" in str(error):
         return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
-    if WORLD > 1 and isinstance(error, dist.DistError) or "onnection closed" in str(error):
+    if WORLD > 1 and (isinstance(error, dist.DistError) or "onnection " in str(error)):      # closed or reset
         return f"process {RANK} lost the others; the first error above says why"
     raise error
 
