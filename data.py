@@ -759,7 +759,7 @@ def explain(error):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):   # met first by either
         return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
     if WORLD > 1 and (isinstance(error, dist.DistError) or "onnection " in str(error)):      # closed or reset
         return f"process {RANK} lost the others; the first error above says why"
@@ -775,20 +775,26 @@ def run(main):
             dist.destroy_process_group()
     except KeyboardInterrupt:
         leave(130)
-    except (UserError, RuntimeError, OSError) as error:
+    except (UserError, RuntimeError, OSError, EOFError) as error:
         if LOCAL_RANK == 0 or type(error) is not UserError:
             print("error:", explain(error), file=sys.stderr, flush=True)
         leave(2)
+    finally:
+        end_workers()                                             # a traceback must not wait for them either
+
+
+def end_workers():
+    """Kill this process's loading processes; they ignore SIGTERM (see train.py), and one may hold a lock."""
+    for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # torch's handler would raise
+        worker.kill()
 
 
 def leave(status):
     """End this process at once: it must not wait for its loading processes, nor for those it ran beside."""
-    workers = multiprocessing.active_children()
-    if not workers and not dist.is_initialized():
+    if not multiprocessing.active_children() and not dist.is_initialized():
         sys.exit(status)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would raise
-    for worker in workers:
-        worker.kill()                                             # they ignore SIGTERM, see train.py
+    end_workers()
     sys.stdout.flush()
     os._exit(status)
 
