@@ -776,6 +776,7 @@ def run(main):
     except KeyboardInterrupt:
         leave(130)
     except (UserError, RuntimeError, OSError, EOFError) as error:
+        end_workers()
         if LOCAL_RANK == 0 or type(error) is not UserError:
             print("error:", explain(error), file=sys.stderr, flush=True)
         leave(2)
@@ -784,9 +785,9 @@ def run(main):
 
 
 def end_workers():
-    """Kill this process's loading processes; they ignore SIGTERM (see train.py), and one may hold a lock."""
+    """Kill this process's loading processes: they ignore SIGTERM (see train.py), and one may hold a lock."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would raise
     for worker in multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # torch's handler would raise
         worker.kill()
 
 
