@@ -108,7 +108,7 @@ def shape_distance(name, x, y):
 
 
 class Fashion(Dataset):
-    """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): grey pictures of 10 kinds of clothes.
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes in grey.
 
     60,000 of 28 px, padded with black; split "t10k": 10,000 others. From `folder`, Debian's package
     dataset-fashion-mnist or our cache, else fetched once. item: (uint8 (3, image_size, image_size), label).
@@ -134,12 +134,12 @@ class Fashion(Dataset):
         return torch.from_numpy(image).expand(3, -1, -1), int(self.labels[i])
 
     def read(self, name, folder):
-        """The bytes of a file; fetched by one process a machine. FileError where they are not the published."""
+        """A file's bytes, from disk or network. FileError where they are not the published ones."""
         cache, file = Path("~/.cache/kdiff").expanduser(), f"{name}.gz"
         places = [Path(folder)] if folder else [Path("/usr/share/datasets/fashion-mnist"), cache]
         path = next((place / file for place in places if (place / file).is_file()), None)
         need(path or not folder, f"{folder}: holds no {file}")
-        with readable(path or self.url + file, "Fashion-MNIST", remedy="; --data_dir names a folder that has it"):
+        with readable(path or self.url + file, "Fashion-MNIST", remedy="; --data_dir names where it is"):
             packed = path.read_bytes() if path else urllib.request.urlopen(self.url + file, timeout=30).read()
             content = gzip.decompress(packed)
             if hashlib.sha256(content).hexdigest() != self.sha256[name]:
@@ -163,7 +163,7 @@ def list_images(folder):
             need(not os.path.islink(link) or os.path.realpath(link) not in chain,
                  f"{link}: a link in a circle; remove it")
         found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
-    need(found, f"{folder}: holds no images ({', '.join(IMAGES)}), neither in subfolders, one a class, nor flat")
+    need(found, f"{folder}: holds no images ({', '.join(IMAGES)}), in subfolders, one a class, or flat")
     return sorted(found)
 
 
@@ -394,7 +394,7 @@ class Order:
 
 
 def some_items(data, n=4096):
-    """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all of the data, always the same."""
+    """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all data, always the same."""
     n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
     return torch.stack([data[i][0] for _, i in next(iter(Order(len(data), n, 0, 0, 1)))])
 
@@ -668,8 +668,8 @@ class Progress:
         now = time.time()
         if RANK == 0 and (done == self.total or now - self.last > 10):
             self.last, rate = now, done / max(now - self.start, 1e-9)
-            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | "
-                  f"{timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))} left", file=sys.stderr, flush=True)
+            left = timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))
+            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -751,7 +751,7 @@ def write_atomically(path, write):
 
 
 def explain(error):
-    """One line for a UserError, or for what is no bug of ours: a path, memory, a lost process. Else raises."""
+    """One line for a UserError, or what is no bug of ours: a path, memory, a lost process. Else raises."""
     if isinstance(error, UserError):          # from a loading process it comes in a traceback: the last line
         text = str(error).rstrip()
         return text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text

@@ -155,10 +155,33 @@ def k_of_direction(variance):
     """The k of a direction whose data have this variance in units of the noise's: the theorem, one axis each.
 
     A linear layer costs an axis s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2), whose slope is
-    ((1 + s^2) k - 1) / 2: noise is worth predicting where data are strong, data where they are weak. Summed
+    ((1 + s^2) k - 1) / 2: noise is to be predicted where data are strong, data where they are weak. Summed
     over D axes with one common k the slope vanishes at D / (D + trace S): Theorem 3.2 with trace S for d.
     """
     return 1 / (1 + variance)
+
+
+def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
+    """The k (C,) that leaves a network least to do in each channel of data x (N, C, H, W), under the v-loss.
+
+    v^ holds -(c+d) z / Delta, a skip connection from z. If the network adds what the rest of the noisy
+    picture tells of x_i, there remains k xi - (1-k) e, with xi of variance r(t), the innovation: what a linear
+    regression on all other coordinates, seen as z/t = x + (1-t)/t e, leaves. With s the noise's scale, the
+    slope of <(r k^2 + s^2 (1-k)^2) / Delta^2> vanishes at k = 1 / (1 + rho), where
+    rho = <r t / Delta^3> / (s^2 <(1-t) / Delta^3>). Without a picture around, r is the variance; under the
+    u-loss Delta drops out and k_of_direction() is left.
+    """
+    values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T.double()))       # of all C H W coordinates
+    quantiles = (torch.arange(points, device=x.device).double() + 0.5) / points
+    t = torch.sigmoid(t_mean + t_std * torch.special.ndtri(quantiles))[:, None]
+    n = (noise_scale * (1 - t) / t).square()
+    r = 1 / ((1 / (values.clamp(min=0) + n)) @ vectors.square().T) - n            # (points, C H W)
+    r = r.clamp(min=0).view(points, x.shape[1], -1).mean(2) / noise_scale ** 2    # (points, C)
+    k = torch.full_like(r[:1], 0.5)
+    for _ in range(200):
+        cube = (k * (1 - t) + (1 - k) * t) ** 3
+        k = (k + 1 / (1 + (r * t / cube).mean(0) / ((1 - t) / cube).mean(0))) / 2
+    return k[0]
 
 
 def logit_normal(mean, std):

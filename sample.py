@@ -14,7 +14,6 @@ import json
 import math
 import os
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +25,9 @@ from torch import nn
 
 import fid
 import model
-from data import (RANK, THREADS, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
-                  check_ranges, need, open_dataset, print0, read_in_batches, read_tensors, readable, run, seed_of, setup, write_atomically)
+from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
+                  check_ranges, need, open_dataset, print0, read_in_batches, read_tensors, readable, run,
+                  seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -99,7 +99,7 @@ def compile_blocks(net):
 def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype=None, seed=0, **solve):
     """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]).
 
-    shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate(); dtype: of autocast.
+    shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate().
     """
     device = next(kdiff.parameters()).device
     z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
@@ -136,9 +136,15 @@ def assemble(config):
     try:
         net = model.build(config["model"], config["net_size"], config["num_classes"], config["in_channels"],
                           **change)
-        return KDiff(net, config["target"], channels=config["in_channels"], **{key: config[key] for key in settings})
+        return KDiff(net, config["target"], channels=config["in_channels"],
+                     **{key: config[key] for key in settings})
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
+
+
+def shape_of(config):
+    """(C, H, W) of the network's x."""
+    return config["in_channels"], config["net_size"], config["net_size"]
 
 
 def pack_codec(codec, tokenizer_file=None):
@@ -220,9 +226,8 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     with readable(path, f"a {config.get('model')} whose weights fit"):
         kdiff, codec = assemble(config), unpack_codec(state, tokenizer)
         kdiff.load_state_dict(weights)
-        shape = config["in_channels"], config["net_size"], config["net_size"]
     return SimpleNamespace(kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device),
-                           shape=shape, classes=state["classes"], config=config, step=step, ema=ema)
+                           shape=shape_of(config), classes=state["classes"], config=config, step=step, ema=ema)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 
 
 
 def grid(images, names, columns):
-    """A picture of uint8 images (N,3,H,W) in rows of `columns`, a row's name in front; small ones enlarged."""
+    """A picture of uint8 images (N,3,H,W) in rows of `columns`, names in front; small ones enlarged."""
     size = images.shape[-1]
     zoom, gap = max(1, 96 // size), 4
     cell, font = size * zoom + gap, ImageFont.load_default(14)
@@ -256,7 +261,7 @@ def draw_grid(images, names, path, columns):
 
 
 def draw_paths(paths, names, out):
-    """Write a GIF of the solver's way: paths is, a row each, a list of uint8 images (N,3,H,W), noise first."""
+    """Write a GIF of the solver's way: paths holds, a row each, lists of uint8 images (N,3,H,W)."""
     frames = [grid(torch.cat(images), names, len(images[0])) for images in zip(*paths)]
     write_atomically(out, lambda temporary: frames[0].save(
         temporary, save_all=True, append_images=frames[1:] + frames[-1:] * 15, duration=80, loop=0))
@@ -314,12 +319,14 @@ def draw_curves(panels, path):
     write_atomically(path, sheet.save)
 
 
-def draw_k_of_channel(path, variance, k):
-    """What target "channel" learned: k against 1 / (1 + s^2), s^2 the variance (C,) in units of the noise's."""
+def draw_k_of_channel(path, variance, k, k_of_innovation=None):
+    """What target "channel" learned, and theory: lists; variance is in units of the noise's."""
     x = list(range(len(k)))
-    theory = k_of_direction(variance)
-    draw_curves([("k of each channel", "channel", {"learned": (x, k.tolist()), "1 / (1 + s^2)": (x, theory.tolist())}),
-                 ("log10 of its variance s^2", "channel", {"": (x, variance.log10().tolist())})], path)
+    curves = {"learned": k, "1 / (1 + variance)": [k_of_direction(s) for s in variance]}
+    curves |= {"1 / (1 + innovation)": k_of_innovation} if k_of_innovation else {}
+    logs = [math.log10(max(s, 1e-9)) for s in variance]
+    draw_curves([("k of each channel", "channel", {name: (x, ys) for name, ys in curves.items()}),
+                 ("log10 of its variance / the noise's", "channel", {"": (x, logs)})], path)
 
 
 def read_log(run_folder, column):
@@ -345,7 +352,8 @@ def draw_k_of_t(kdiff, path):
     c, d = kdiff.coefficients(t.to(kdiff.numbers.device))
     k, inner = (c / (c - d)).detach().flatten().cpu(), t[1:-1]
     p, x_label = logit_normal(kdiff.t_mean, kdiff.t_std)(inner), "t: noise to data"
-    draw_curves([("k(t)", x_label, {kdiff.target: (t.tolist(), k.tolist()), "edm": (t.tolist(), (1 - t).tolist())}),
+    curves = {kdiff.target: (t.tolist(), k.tolist()), "edm": (t.tolist(), (1 - t).tolist())}
+    draw_curves([("k(t)", x_label, curves),
                  ("density of the times in training", x_label, {"p": (inner.tolist(), p.tolist())})], path)
 
 
@@ -387,10 +395,18 @@ def measure(it, path, classes, n, batch_size, how, extractor, reference, setting
 
 
 def write_samples(batches, n, size, out, settings):
-    """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings) or a folder."""
+    """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings), or PNGs in a folder."""
     out = Path(out)
     if out.suffix != ".npz":
-        return write_folder(batches, out, settings)
+        need(not out.is_dir() or not any(out.iterdir()), f"--out {out} holds files: remove it or choose another")
+        barrier()                                              # all have looked before the first writes
+        for images, labels, indices in batches:
+            for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
+                write_atomically(out / f"{i:06}_{label}.png", Image.fromarray(image).save)
+        barrier()
+        if RANK == 0:
+            write_atomically(out / "settings.json", lambda path: path.write_text(json.dumps(settings)))
+        return
     parts = {name: out.with_name(f"{out.name}.{name}.tmp.npy") for name in ("arr_0", "arr_1", "settings")}
     files = ArrayFile(parts["arr_0"], np.uint8, (n, size, size, 3)), ArrayFile(parts["arr_1"], np.int64, (n,))
     for images, labels, indices in batches:
@@ -409,27 +425,6 @@ def write_samples(batches, n, size, out, settings):
             part.unlink()
 
 
-def write_folder(batches, out, settings):
-    """Write samples as PNGs named by index and label, and last their settings; refuses a folder in use."""
-    need(not out.is_dir() or not any(out.iterdir()),
-         f"--out {out} holds files already; remove it or choose another")
-    barrier()
-    out.mkdir(parents=True, exist_ok=True)
-
-    def write(image, label, i):
-        Image.fromarray(image).save(out / f"{i:06}_{label}.png")
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        writing = []
-        for images, labels, indices in batches:                # drawn while the batch before is written
-            list(writing)                                      # waits for it; raises what went wrong
-            writing = pool.map(write, images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices)
-        list(writing)
-    barrier()
-    if RANK == 0:
-        write_atomically(out / "settings.json", lambda temporary: temporary.write_text(json.dumps(settings)))
-
-
 def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""
     chosen, listed = [], f" ({', '.join(names)})" if len(names) <= 20 else ""
@@ -444,8 +439,8 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="*", help="ckpt.pt of a run, or a published file; with --fid or --gif several, with "
-        "--plot folders of runs")
+    add("checkpoint", nargs="*",
+        help="ckpt.pt of a run, or a published file; with --fid or --gif several, with --plot folders of runs")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
     add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say "
         "--samples (default: 8 a class in a grid, 50,000 for --fid)")
@@ -468,8 +463,8 @@ def parse():
         help="for --fid (default inception)")
     add("--weights", help="Inception weights file, for --fid")
     add("--nearest", metavar="DATA", help="below each sample its nearest picture of these training data")
-    add("--gif", metavar="FILE", help="draw the solver's way from noise to picture, a row for each checkpoint")
-    add("--toy", metavar="PICTURE", help="no checkpoint: train and draw the spiral of the JiT paper, k learned")
+    add("--gif", metavar="FILE", help="draw the solver's way from noise to picture, a row a checkpoint")
+    add("--toy", metavar="PICTURE", help="no checkpoint: train and draw the JiT paper's spiral, k learned")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     check_ranges(args, n=1, steps=1, batch_size=1)
@@ -536,13 +531,14 @@ def main():
                             watch=lambda z: row.append(it.codec.decode(z).cpu()))
             row.append(last.cpu())
         elif RANK == 0:
-            images, names = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how), it.classes
+            images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
+            names = [it.classes[c] for c in classes]
             if args.nearest:
                 found = nearest(images, open_dataset(args.nearest, images.shape[-1]))
                 rows = zip(images.split(columns), found.split(columns))
                 images = torch.cat([each for pair in rows for each in pair])
-            draw_grid(images, [name for c in classes for name in (names[c], "nearest")[:1 + bool(args.nearest)]],
-                      out, columns)
+                names = [each for name in names for each in (name, "nearest")]
+            draw_grid(images, names, out, columns)
             print0(f"wrote {out}: {len(labels)} samples")
     if args.gif and RANK == 0:
         draw_paths(paths.values(), list(paths), args.gif)
@@ -553,7 +549,7 @@ def main():
 # The spiral of the JiT paper (its Figure 2), with k learned: the whole program with a network of another kind
 
 class MLP(nn.Module):
-    """u^ = net(z, t, y): all that KDiff and integrate() ask of a network. z (N, D, 1, 1), t (N,) in [0, 1]."""
+    """u^ = net(z, t, y): all that is asked of a network. z (N, D, 1, 1), t (N,) in [0, 1]; y plays no part."""
 
     def __init__(self, D, width=256, frequencies=32):
         super().__init__()
@@ -563,7 +559,6 @@ class MLP(nn.Module):
         self.register_buffer("frequencies", torch.logspace(0, 3, frequencies))
 
     def forward(self, z, t, y):
-        """u^ like z; labels y play no part."""
         a = t[:, None] * self.frequencies
         return self.layers(torch.cat([z.flatten(1), a.cos(), a.sin()], dim=1)).view_as(z)
 
@@ -575,7 +570,7 @@ def spiral(u):
 
 
 def toy(out, steps=1000, batch=512, n=512):
-    """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. Draws a row a target, a column a D."""
+    """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. A row a target, a column a D."""
     cell, font = 200, ImageFont.load_default(14)
     sheet = Image.new("RGB", (4 * cell, 4 * cell), PAPER)
     pen, curve = ImageDraw.Draw(sheet), spiral(torch.linspace(0, 1, 2000))

@@ -3,9 +3,9 @@
     torchrun train.py --space pixel                            the demo: built-in shapes, k finds x-prediction
     torchrun train.py --space latent                           the same in latents: k stays in between
     torchrun --nproc_per_node=8 train.py --space pixel --data imagenet/train           Table 4
-    torchrun train.py --space pixel --data photos --dry_run    what that would do, without doing it
+    torchrun train.py --space pixel --data photos --image_size 64 --preset small       your own pictures
 
-The same command again resumes from its last checkpoint. Everything that is set below can be set by a flag.
+The same command again resumes from its last checkpoint; --dry_run prints what a command would do.
 """
 import argparse
 import csv
@@ -23,36 +23,36 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser, PatchPCA, UserError, barrier,
-                  check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable, run,
+from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser, PatchPCA, UserError,
+                  barrier, check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable, run,
                   seed_of, setup, some_items, write_atomically)
 from model import gmacs
-from objective import LOSSES, TARGETS, fixed_k
-from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_channel, draw_k_of_t, pack_codec, read_log,
-                    read_weights, sample_all, unpack_codec, write_rows)
+from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
+from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_channel,
+                    draw_k_of_t, pack_codec, read_log, read_weights, sample_all, shape_of, unpack_codec, write_rows)
 
-PRESETS = {"paper": {  # Table 4   latent                  pixel                   the flag's help
+PRESETS = {"paper": {  # Table 4  latent                  pixel                   the flag's help
     "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
     "image_size":    (256,                    256,                    "pixels"),
-    "epochs":        (800.0,                  600.0,                  "passes over the data; ablations: 64 and 200"),
+    "epochs":        (800.0,                  600.0,                  "passes over the data"),
     "warmup_epochs": (0.0,                    5.0,                    "of linear warmup"),
     "batch_size":    (1024,                   1024,                   "images a step, over all processes"),
-    "lr":            (2e-4,                   2e-4,                   "learning rate, constant after the warmup"),
-    "k_lr":          (1.0,                    1.0,                    "learning rate of w, a multiple of --lr"),
-    "ema":           ([.9999, .9998, .9996],  [.9999, .9998, .9996],  "decays of the averages of the weights"),
+    "lr":            (2e-4,                   2e-4,                   "learning rate after the warmup"),
+    "k_lr":          (1.0,                    1.0,                    "that of w, a multiple of --lr"),
+    "ema":           ([.9999, .9998, .9996],  [.9999, .9998, .9996],  "decays of averages of the weights"),
     "t_mean":        (0.0,                    -0.8,                   "of the normal whose sigmoid is t"),
     "t_std":         (1.0,                    0.8,                    "of the same"),
-    "noise_scale":   (1.0,                    None,                   "of the noise; in pixels image_size / 256"),
-    "tau":           (None,                   0.05,                   "least Delta; 0 where that cannot vanish"),
-    "label_drop":    (0.1,                    0.1,                    "probability of training without the label"),
+    "noise_scale":   (1.0,                    None,                   "in pixels image_size / 256"),
+    "tau":           (None,                   0.05,                   "least Delta; 0 if it cannot vanish"),
+    "label_drop":    (0.1,                    0.1,                    "probability of having no label"),
     "cfg":           (1.5,                    2.9,                    "guidance scale of pictures"),
-    "interval":      ([0.1, 1.0],             [0.1, 1.0],             "times between which guidance acts"),
+    "interval":      ([0.1, 1.0],             [0.1, 1.0],             "times within which guidance acts"),
     "log_every":     (50,                     50,                     "steps"),
-    "save_every":    (1000,                   1000,                   "steps between checkpoints; the last is kept"),
-    "sample_every":  (5000,                   5000,                   "steps between pictures; 0: only at the end"),
+    "save_every":    (1000,                   1000,                   "steps between checkpoints"),
+    "sample_every":  (5000,                   5000,                   "steps between pictures; 0: none"),
     "tokenizer":     (None,                   None,                   "pca (of patches), or VA-VAE weights"),
 }}
-PRESETS["demo"] = {    # built-in data: a patch has more values than the network is wide, so that only x fits (JiT)
+PRESETS["demo"] = {   # built-in data. A patch has more values than the network is wide: only x fits (JiT)
     "model":         ("LightningDiT-demo/1",  "JiT-demo/8"),
     "image_size":    (32,                     32),
     "epochs":        (13.0,                   10.0),
@@ -68,7 +68,14 @@ PRESETS["demo"] = {    # built-in data: a patch has more values than the network
     "sample_every":  (500,                    500),
     "tokenizer":     ("pca",                  None),
 }
-PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own at 64 to 128 px: one GPU of 12 GB, or patience
+FASHION = PRESETS["demo"] | {   # the demo's column where --data is fashion: 4,000 steps
+    "epochs":        (4.267,                  4.267),
+    "warmup_epochs": (0.03,                   0.03),
+    "ema":           ([.999, .998, .995],     [.999, .998, .995]),
+    "save_every":    (1000,                   1000),
+    "sample_every":  (1000,                   1000),
+}
+PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own, 64 to 128 px: a GPU of 12 GB, or a patient CPU
     "model":         ("LightningDiT-S/1",     None),                  # JiT-S, patch = image_size / 8
     "image_size":    (64,                     64),
     "epochs":        (400.0,                  400.0),
@@ -76,7 +83,7 @@ PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own at 64 to 128 px: o
     "batch_size":    (64,                     64),
     "lr":            (5e-4,                   5e-4),
     "k_lr":          (1.0,                    10.0),
-    "ema":           ([.999, .998, .995],     [.999, .998, .995]),
+    "ema":           ([.9995, .999, .995],    [.9995, .999, .995]),
     "noise_scale":   (1.0,                    1.0),
     "cfg":           (1.5,                    2.0),
     "log_every":     (20,                     20),
@@ -84,51 +91,45 @@ PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own at 64 to 128 px: o
     "sample_every":  (1000,                   1000),
     "tokenizer":     ("pca",                  None),
 }
-FASHION = PRESETS["demo"] | {              # of --data fashion: the demo at more steps
-    "epochs":        (4.267,                  4.267),
-    "warmup_epochs": (0.03,                   0.03),
-    "ema":           ([.999, .998, .995],     [.999, .998, .995]),
-    "log_every":     (50,                     50),
-    "save_every":    (1000,                   1000),
-    "sample_every":  (1000,                   1000),
-}
 COMPONENTS = ("channel", "asym")      # targets that take the principal components of patches as channels
 
 # What a resumed run must share with its checkpoint; all else may change, and is told.
-FIXED = ("model", "target", "space", "loss", "images", "num_classes", "net_size", "in_channels", "batch_size", "seed",
-         "flip", "qk_norm", "ema", "t_mean", "t_std", "noise_scale", "tau", "label_drop")
+FIXED = ("model", "target", "space", "loss", "images", "num_classes", "net_size", "in_channels", "batch_size",
+         "seed", "flip", "qk_norm", "ema", "t_mean", "t_std", "noise_scale", "tau", "label_drop")
 
 
 def train(state, codec, data, args, device):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every step.
 
-    state: a State. data, codec: a dataset and what makes its items the network's x. args needs steps, seed,
-    batch_size, micro_batch, workers, lr, k_lr, warmup_epochs, clip, dtype. Norm and loss are this process's;
-    after a step that was skipped the norm is not finite. Whoever drives the loop logs, saves, shows, stops.
+    state: a State. data, codec: a dataset, and what makes its items the network's x. args needs steps, seed,
+    batch_size, micro_batch, workers, lr, k_lr, warmup_epochs, clip, dtype. The loss is this process's; the
+    norm of a step that was skipped is not finite. Whoever drives the loop logs, saves, shows, stops.
     """
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")       # renamed in torch 2.13
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")             # renamed in torch 2.13
     model = state.kdiff if WORLD == 1 else DistributedDataParallel(
         state.kdiff, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
         gradient_as_bucket_view=True)
     warmup, share = args.warmup_epochs * len(data) / args.batch_size, args.batch_size // WORLD
+
+    # draw a batch: uint8 images or latents (share, ...), labels (share,), in the order of data.Order
     for step, (batch, labels) in enumerate(batches(data, args, state.step, device), state.step):
-        # a seed for each image, from the step and its place in the batch: noise, t and label drop follow it
+        # noise, t and label drop of an image follow from the step and its place in the global batch
         seeds = [seed_of(args.seed, step, n) for n in range(RANK * share, (RANK + 1) * share)]
 
-        # the learning rate rises linearly, then it is constant; w has its own multiple
+        # the learning rate: linear warmup, then constant; w has a multiple of its own
         lr = args.lr * min(1.0, (step + 1) / max(warmup, 1))
         for group, factor in zip(state.optimizer.param_groups, (1.0, args.k_lr)):
             group["lr"] = lr * factor
 
-        # forward and backward, a micro batch at a time; gradients accumulate, processes add theirs at the last
+        # forward and backward; gradients accumulate over micro batches, and over processes at the last
         loss = 0.0
-        for part in torch.arange(share).split(args.micro_batch):
-            i, j = part[0].item(), part[-1].item() + 1
-            x = codec.encode(batch[i:j].to(device, non_blocking=True))                  # (N, C, H, W)
-            y = labels[i:j].to(device, non_blocking=True)                               # (N,)
-            with nullcontext() if j == share or WORLD == 1 else model.no_sync():
+        for i in range(0, share, args.micro_batch):
+            part = slice(i, i + args.micro_batch)
+            x = codec.encode(batch[part].to(device, non_blocking=True))                  # (N, C, H, W)
+            y = labels[part].to(device, non_blocking=True)                               # (N,)
+            with model.no_sync() if WORLD > 1 and i + args.micro_batch < share else nullcontext():
                 with autocast(device, args.dtype):
-                    mean = model(x, y, seeds[i:j]) * (len(x) / share)
+                    mean = model(x, y, seeds[part]) * (len(x) / share)
                 # a loss that is not finite makes every gradient so, and through DDP's sum on every process
                 mean.backward(torch.where(mean.isfinite(), 1.0, torch.nan))
             loss = loss + mean.detach()
@@ -136,11 +137,12 @@ def train(state, codec, data, args, device):
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, args.clip, norm)
 
-        # a step that is not finite is skipped, by all processes alike; here is the one wait for the device
+        # skip what is not finite, on all processes alike: the one place where a step waits for the device
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(norm):
-            state.optimizer.step()                 # the weights
-            state.update_averages()                # their averages, which sample
+            # update the weights, then their averages, which sample
+            state.optimizer.step()
+            state.update_averages()
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         yield loss, norm, lr
@@ -153,32 +155,33 @@ def main():
     data, codec = open_data(args)
     config = settle(args, data, codec, device)
     torch.manual_seed(args.seed)
-    with torch.device("meta" if args.dry_run else "cpu"):                 # a dry run needs no weights
+    with torch.device("meta" if args.dry_run else "cpu"):                        # a dry run needs no weights
         kdiff = assemble(config)
     describe(args, config, kdiff, data)
     if args.dry_run:
-        return
+        return time_a_step(args, config, device)
     if args.init:
         start_from(args.init, kdiff, args, len(data.classes))
     state, path = State(kdiff.to(device).train(), args.ema), args.out / "ckpt.pt"
-    codec = resume(path, state, codec, config, args, data)
+    codec = resume(path, state, codec, config, args, data).to(device)
     if state.step >= args.steps and (not args.samples or (args.out / "samples.png").exists()):
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
                       "(--steps for more, --out for another run)")
     if args.compile:
         compile_blocks(kdiff.net)
     kdiff.net.checkpointing = args.activation_checkpointing
-    codec, asked, saved = codec.to(device), stop_signals(), state.step
-    log = Log(args.out / "log.csv", state, args, data)
+    asked, saved, log = stop_signals(), state.step, Log(args.out / "log.csv", state, args, data)
 
     for loss, norm, lr in train(state, codec, data, args, device):
         stop = agreed(asked[0] if asked else 0)            # by any process: all leave after the same step
         last = state.step == args.steps or stop
+        # log
         log.add(loss, norm)
         if state.step % args.log_every == 0 or last:
             log.write(lr)
         need(log.bad_in_a_row < 10, "10 steps in a row had a loss or gradient that is not finite; "
              f"{path} at step {saved} is intact: try a lower --lr, --clip 1, --qk_norm or --dtype float32")
+        # save
         if state.step % args.save_every == 0 or last:
             save(path, state, config, codec, data)
             saved = state.step
@@ -189,16 +192,17 @@ def main():
             print0(f"stopped by signal {stop} after step {state.step:,}, saved in {path}: "
                    "the same command continues")
             leave(128 + stop)
+        # show
         if RANK == 0 and args.sample_every and state.step % args.sample_every == 0 and not last:
-            paused = time.time()
+            began = time.time()
             show(args, state, codec, data, config, last=False)
-            log.ticked += time.time() - paused
+            log.ticked += time.time() - began              # not counted as training
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)              # all is saved: nothing can be lost from here on
     if RANK == 0:
-        written = show(args, state, codec, data, config, last=True)
-        print0(f"done in {timedelta(seconds=int(time.time() - log.began))}. Look at " + ", ".join(map(str, written))
-               + f"; more samples: python sample.py {path}")
+        written = ", ".join(map(str, show(args, state, codec, data, config, last=True)))
+        print0(f"done in {timedelta(seconds=int(time.time() - log.began))}. Look at {written}; "
+               f"more samples: python sample.py {path}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def save(path, state, config, codec, data):
     """Write a checkpoint, whole or not at all. UserError where the weights are not finite."""
     every = [*state.parameters, *(t for average in state.averages.values() for t in average),
              *(t for moments in state.optimizer.state.values() for t in moments.values())]
-    need(torch.stack([t.isfinite().all() for t in every]).all(),
+    need(torch.stack([t.isfinite().all().to(state.parameters[0].device) for t in every]).all(),
          f"the weights after step {state.step} are not finite: {path} keeps what it held; try a lower --lr")
     weights = state.kdiff.state_dict()
     checkpoint = {"step": state.step, "model": weights, "optimizer": state.optimizer.state_dict(),
@@ -287,8 +291,8 @@ def parse():
     """The command line over its preset. UserError for values that cannot work."""
     parser, yes_no = Parser(__doc__), argparse.BooleanOptionalAction
     add = parser.add_argument
-    add("--space", choices=("pixel", "latent"), default="pixel", help="of the data: the column of Table 4")
-    add("--data", default="shapes", help="shapes (default), fashion, a folder of images or latents, or packed array")
+    add("--space", choices=("pixel", "latent"), default="pixel", help="the column of Table 4 (default pixel)")
+    add("--data", default="shapes", help="shapes (default), fashion, a folder (images, latents) or packed .npy")
     add("--data_dir", help="where the files of --data fashion lie, if not where they are looked for")
     add("--preset", choices=list(PRESETS), help="the other defaults: demo for built-in data, else paper")
     add("--out", help="folder of checkpoints, log and pictures (default out/SPACE[-DATA][-TARGET])")
@@ -297,12 +301,12 @@ def parse():
     add("--steps", type=int, help="optimiser steps in all (default: from --epochs)")
     add("--seed", type=int, default=0, help="of weights, order, noise, pictures (default 0)")
     add("--init", metavar="CKPT", help="start from these weights, ours or published")
-    add("--dry_run", action="store_true", help="print what would be done, with all settings, and stop")
+    add("--dry_run", action="store_true", help="print what would be done and how long it takes, and stop")
     add("--device", help="cuda, cpu, mps, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 on GPUs that have it)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 if the GPU has it)")
     add("--compile", action=yes_no, help="compile each block (default: on GPUs, but for the demo)")
-    add("--activation_checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--micro_batch", type=int, help="images at a time on a process (default: at most 128); gradients add up")
+    add("--activation_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--micro_batch", type=int, help="images at a time on a process (default: at most 128)")
     add("--workers", type=int, help="loading processes of each training process")
     add("--flip", action=yes_no, default=True, help="mirror images of --data at random")
     add("--qk_norm", action="store_true", help="LightningDiT: normalise queries and keys")
@@ -313,7 +317,8 @@ def parse():
     for name, (latent, pixel, text) in PRESETS["paper"].items():
         value = pixel if latent is None else latent
         many = {"nargs": "+" if name == "ema" else 2} if isinstance(value, list) else {}
-        add(f"--{name}", type=type(value[0] if many else value or ""), help=f"{text} ({latent} / {pixel})", **many)
+        kind = type(value[0] if many else value or "")
+        add(f"--{name}", type=kind, help=f"{text} (paper: {latent} / {pixel})", **many)
     args = parser.parse_args()
     args.preset = args.preset or ("demo" if args.data in ("shapes", "fashion") else "paper")
     preset = FASHION if (args.data, args.preset) == ("fashion", "demo") else PRESETS[args.preset]
@@ -323,9 +328,8 @@ def parse():
     check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1, epochs=0,
                  sample_every=0, keep_every=0, samples=0, sample_steps=1, workers=0, lr=0, k_lr=0, clip=0,
                  warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0, tau=0)
-    if args.model is None:
-        args.model = f"JiT-S/{args.image_size // 8}" if args.preset == "small" else \
-            {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
+    table4 = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
+    args.model = args.model or (f"JiT-S/{args.image_size // 8}" if args.preset == "small" else table4)
     need(args.model, f"--image_size {args.image_size} has no network in Table 4: "
          "try --preset small, or name one, such as --model JiT-B/16")
     need(all(0 < decay < 1 for decay in args.ema),
@@ -334,7 +338,7 @@ def parse():
     end = args.target == "eps" or fixed_k(args.target) == 0               # Delta = t vanishes with t
     if args.tau is None:
         args.tau = 0.05 if end or args.target in ("x", "asym") or fixed_k(args.target) == 1 else 0.0
-    need(args.tau or not end, f"--tau 0 with --target {args.target} divides by zero at t = 0: try --tau 0.05")
+    need(args.tau or not end, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
     name = args.space + ("" if args.data == "shapes" else f"-{Path(args.data).stem}")
     args.out = Path(args.out or f"out/{name}" + ("" if args.target == "k" else f"-{args.target}"))
     return args
@@ -349,20 +353,21 @@ def open_data(args):
         return data, latent_codec(args, data)
     if args.space == "pixel" and args.target not in COMPONENTS:
         return data, Codec()
-    need(args.space == "pixel" or args.tokenizer == "pca", f"--data {args.data} holds images: pass --tokenizer "
-         f"pca, or run `python data.py encode {args.data} --tokenizer FILE --image_size {args.image_size} "
-         "--out latents` and pass --data latents")
-    factor = int(args.model.rpartition("/")[2]) if args.space == "pixel" else 8
-    need(args.image_size % factor == 0, f"--image_size {args.image_size} is no multiple of the patch, {factor} px")
+    need(args.space == "pixel" or args.tokenizer == "pca", f"--data {args.data} holds images: pass "
+         f"--tokenizer pca, or run `python data.py encode {args.data} --tokenizer FILE --image_size "
+         f"{args.image_size} --out latents` and pass --data latents")
+    patch = int(args.model.rpartition("/")[2]) if args.space == "pixel" else 8
+    need(args.image_size % patch == 0,
+         f"--image_size {args.image_size} is no multiple of the patch, {patch} px")
     images = some_items(data).float() / 127.5 - 1
-    if args.space == "pixel":              # all components, orthonormal: noise stays white and nothing is lost
-        codec = Codec(PatchPCA.fit(images, factor, 3 * factor ** 2))
+    if args.space == "pixel":              # all components, orthonormal: noise stays white, nothing is lost
+        codec = Codec(PatchPCA.fit(images, patch, 3 * patch ** 2))
     else:
-        tokenizer = PatchPCA.fit(images, factor, 16)
+        tokenizer = PatchPCA.fit(images, patch, 16)
         std, mean = torch.std_mean(tokenizer.encode(images), (0, 2, 3), keepdim=True)
         codec = Codec(tokenizer, mean, std)
     for buffer in codec.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)                              # machines may differ in a component's sign
+        dist.broadcast(buffer, 0)          # machines may differ in a component's sign
     return data, codec
 
 
@@ -383,11 +388,11 @@ def latent_codec(args, data):
 def settle(args, data, codec, device):
     """Fill in what depends on data and machine; returns the config, all that made a run, as plain values."""
     share = args.batch_size // WORLD
-    need(args.batch_size % WORLD == 0, f"--batch_size {args.batch_size} does not divide over {WORLD} processes: "
-         f"try {max(share, 1) * WORLD}")
+    need(args.batch_size % WORLD == 0, f"--batch_size {args.batch_size} does not divide over {WORLD} "
+         f"processes: try {max(share, 1) * WORLD}")
     fits = next(m for m in range(min(share, args.micro_batch or 128), 0, -1) if share % m == 0)
-    need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} does not divide the {share} images "
-         f"of a process: try {fits}")
+    need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} does not divide the {share} "
+         f"images of a process: try {fits}")
     demo, cuda = args.preset == "demo", device.type == "cuda"
     defaults = {"micro_batch": fits, "steps": max(1, round(args.epochs * len(data) / args.batch_size)),
                 "workers": 0 if demo else min(8, (os.cpu_count() or 1) // LOCAL_WORLD),
@@ -396,7 +401,7 @@ def settle(args, data, codec, device):
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     C, size, _ = codec.encode(some_items(data, 1))[0].shape
-    faded = [decay for decay in args.ema if decay ** args.steps < 0.01]  # the initial weights are forgotten here
+    faded = [decay for decay in args.ema if decay ** args.steps < 0.01]     # they have forgotten the start
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
         "net_size": size, "in_channels": C, "images": len(data), "num_classes": len(data.classes),
         "components": args.space == "pixel" and codec.tokenizer is not None, "processes": WORLD,
@@ -405,27 +410,43 @@ def settle(args, data, codec, device):
 
 def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to; warn where they cannot work."""
-    shape, share = (config["in_channels"], config["net_size"], config["net_size"]), args.batch_size // WORLD
-    print0("settings  " + "  ".join(f"{key}={value}" for key, value in config.items()
-                                    if value is not None and key not in ("out", "steps", "epochs", "dry_run")))
+    share, per_epoch = args.batch_size // WORLD, len(data) / args.batch_size
+    print0("settings  " + "  ".join(f"{key}={value}" for key, value in config.items() if value is not None
+                                    and key not in ("out", "steps", "epochs", "dry_run")))
     params = sum(p.numel() for p in kdiff.net.parameters())
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
-           f"{gmacs(kdiff.net, shape):.2f} Gflops an image and forward")
+           f"{gmacs(kdiff.net, shape_of(config)):.2f} Gflops an image and forward")
     print0(f"batch     {args.batch_size} = {WORLD} processes x {share // args.micro_batch} micro batches "
            f"x {args.micro_batch} images")
-    per_epoch = len(data) / args.batch_size
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     if config["components"]:
-        print0(f"channels  the {shape[0]} principal components of a patch, strongest first: the same patches in "
-               "another basis")
+        print0(f"channels  the {config['in_channels']} principal components of a patch, strongest first: "
+               "the same patches in another basis")
     if float(config["ema_default"]) < max(args.ema):
-        print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run has "
-               f"{args.steps:,}: pictures show {config['ema_default']}; --ema sets others")
-    farthest = args.lr * args.k_lr * args.steps
+        print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run "
+               f"has {args.steps:,}: pictures show {config['ema_default']}; --ema sets others")
+    farthest = args.lr * args.k_lr * args.steps            # Adam moves w by its rate a step
     if kdiff.w is not None and farthest < 3:
         print0(f"k         w moves by at most {farthest:.2g} in {args.steps:,} steps, so that k stays below "
                f"{1 / (1 + math.exp(-farthest)):.2f}: {len(data):,} images may want --preset small")
     print0(f"writes to {args.out}")
+
+
+def time_a_step(args, config, device):
+    """Print how long the run would take here, from a few images' forward and backward."""
+    kdiff = assemble(config).to(device)
+    cost = 6 * gmacs(kdiff.net, shape_of(config))          # billions of operations an image
+    n = min(args.micro_batch, max(1, int(50 / cost)))
+    x = torch.randn(n, *shape_of(config), device=device)
+    for _ in range(3):
+        began = time.perf_counter()
+        with autocast(device, args.dtype):
+            loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
+        loss.backward()
+        next(kdiff.net.parameters()).grad.sum().item()     # waits for the device
+        seconds = (time.perf_counter() - began) / n * args.batch_size / WORLD
+    print0(f"time      {seconds:.3g} s a step here (a share of {n} images timed, not compiled), "
+           f"{timedelta(seconds=int(seconds * args.steps))} in all, loading and pictures aside")
 
 
 def start_from(path, kdiff, args, classes):
@@ -433,8 +454,8 @@ def start_from(path, kdiff, args, classes):
     source, weights, *_ = read_weights(path)
     if source["target"] != args.target:
         weights = {key: value for key, value in weights.items() if key != "w"}
-        print0(f"--init {path} predicts {source['target']}, this run {args.target}: its output is read as another "
-               "variable until training has adapted it")
+        print0(f"--init {path} predicts {source['target']}, this run {args.target}: its output is read as "
+               "another variable until training has adapted it")
     if source["num_classes"] != classes:
         weights = {key: value for key, value in weights.items() if "y_embedder" not in key}
         print0(f"--init {path} knows {source['num_classes']} classes, these data have {classes}: "
@@ -457,7 +478,7 @@ def batches(data, args, start, device):
 
 
 def ignore_signals(worker):
-    """A loader's worker ends with its parent, not with the signal that asks the parent to save first."""
+    """A loading process ends with its parent, not with the signal that asks the parent to save first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -479,14 +500,15 @@ def agreed(number):
 
 
 class Log:
-    """Lines on the screen and in log.csv; a resumed run first drops the rows that it is going to write again."""
-    columns = ("step", "epoch", "loss", "k", "k1", "k2", "k_min", "k_max", "lr", "grad", "img_per_s", "skipped")
+    """Lines on the screen and in log.csv; a resumed run first drops the rows that it will write again."""
+    columns = ("step", "epoch", "loss", "k", "k1", "k2", "k_min", "k_max", "lr", "grad", "img_per_s",
+               "skipped")
 
     def __init__(self, path, state, args, data):
         self.path, self.state, self.args, self.per_epoch = path, state, args, len(data) / args.batch_size
         self.first = self.logged = state.step
         self.began = self.ticked = time.time()
-        self.bad_in_a_row, self.good = 0, []
+        self.bad_in_a_row, self.good, self.used = 0, [], time.process_time()
         rows = []
         if state.step and path.exists():
             with readable(path, "a log that can be continued"), open(path, newline="") as file:
@@ -512,11 +534,11 @@ class Log:
             dist.all_reduce(sums)
         loss, grad = (sums[:2] / sums[2]).tolist()
         speed = (state.step - self.logged) * args.batch_size / (now - self.ticked)
-        left = timedelta(seconds=int((now - self.began) / (state.step - self.first) * (args.steps - state.step)))
+        left = (now - self.began) / (state.step - self.first) * (args.steps - state.step)
         ks = {name: k.item() for name, k in state.kdiff.ks().items()}
-        print0(f"step {state.step:,}/{args.steps:,} | epoch {state.step / self.per_epoch:.1f} | loss {loss:.4f} | "
-               + " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
-               + f" | lr {lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {left}"
+        print0(f"step {state.step:,}/{args.steps:,} | epoch {state.step / self.per_epoch:.1f} | "
+               f"loss {loss:.4f} | " + " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
+               + f" | lr {lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {timedelta(seconds=int(left))}"
                + (f" | skipped {state.skipped}" if state.skipped else ""))
         if "k1" in ks:
             ks["k"] = ks["k1"] / (ks["k1"] + ks["k2"])
@@ -530,31 +552,34 @@ class Log:
 
 
 def show(args, state, codec, data, config, last):
-    """Draw samples of the default average, the curves of the log and k(t); returns their paths."""
-    written = []
+    """Draw samples of the default average, the curves of the log, k(t) or k's spectrum: returns the paths."""
+    written, kdiff = [], state.kdiff
     if args.samples and codec.decodes:
         rows = min(8, len(data.classes), args.samples)
-        columns, shape = -(-args.samples // rows), (config["in_channels"], config["net_size"], config["net_size"])
-        with state.averaged(config["ema_default"]) as kdiff:
-            images = sample_all(kdiff, codec, shape, [j // columns for j in range(rows * columns)], 64,
-                                cfg=args.cfg, interval=args.interval, steps=args.sample_steps, dtype=args.dtype)
+        columns = -(-args.samples // rows)
+        labels = [j // columns for j in range(rows * columns)]
+        with state.averaged(config["ema_default"]):
+            images = sample_all(kdiff, codec, shape_of(config), labels, 64, cfg=args.cfg,
+                                interval=args.interval, steps=args.sample_steps, dtype=args.dtype)
         written.append(args.out / ("samples.png" if last else f"samples-{state.step:07}.png"))
         draw_grid(images, data.classes[:rows], written[-1], columns)
     panels = [("loss",), ("k1", "k2") if args.target == "two" else ("k",)]
-    curves = [(" and ".join(names), "step", {name: read_log(args.out, name) for name in names})
-              for names in panels]
     written.append(args.out / "curves.png")
-    draw_curves(curves, written[-1])
+    draw_curves([(" and ".join(names), "step", {name: read_log(args.out, name) for name in names})
+                 for names in panels], written[-1])
     if args.target in ("time", "edm"):
         written.append(args.out / "k_of_t.png")
-        draw_k_of_t(state.kdiff, written[-1])
+        draw_k_of_t(kdiff, written[-1])
     if args.target == "channel":
         written.append(args.out / "k_of_channel.png")
-        x = codec.encode(some_items(data).to(state.kdiff.w.device)) / args.noise_scale
-        spectrum = {"variance": x.var((0, 2, 3)), "k": torch.sigmoid(state.kdiff.w.detach()).flatten()}
-        columns = {name: [f"{value:.6g}" for value in values.tolist()] for name, values in spectrum.items()}
-        write_rows(args.out / "k_of_channel.csv", ("channel", *columns),
-                   [dict(zip(("channel", *columns), row)) for row in zip(range(x.shape[1]), *columns.values())])
+        x, ks = codec.encode(some_items(data, 16384).to(kdiff.w.device)), torch.sigmoid(kdiff.w.detach())
+        spectrum = {"variance": x.var((0, 2, 3)) / args.noise_scale ** 2, "k": ks.flatten()}
+        if x[0].numel() <= 4096 and last:                  # an eigenvalue problem of that size: seconds
+            spectrum["k_of_innovation"] = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale)
+        spectrum = {name: values.tolist() for name, values in spectrum.items()}
+        write_rows(written[-1].with_suffix(".csv"), ("channel", *spectrum),
+                   [{"channel": i} | {name: f"{values[i]:.6g}" for name, values in spectrum.items()}
+                    for i in range(x.shape[1])])
         draw_k_of_channel(written[-1], **spectrum)
     return written
 
