@@ -672,7 +672,7 @@ class Progress:
         if RANK == 0 and (done == self.total or now - self.last > 10):
             self.last, rate = now, done / max(now - self.start, 1e-9)
             left = timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))
-            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr, flush=True)
+            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------
