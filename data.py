@@ -678,7 +678,7 @@ class Progress:
 # ------------------------------------------------------------------------------------------------------------
 # Errors: one line that names the flag or file, the value and the remedy, and exit status 2
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend, met by all processes alike: the first of each machine prints it."""
 
 

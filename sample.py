@@ -86,16 +86,13 @@ def autocast(device, dtype=None):
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def compile_blocks(net):
-    """Compile each block in place (a network without blocks as a whole), where a compiler is at hand."""
-    torch._dynamo.config.recompile_limit = 64         # blocks share one code, each shape of tokens is a graph
-    torch._dynamo.config.optimize_ddp = False         # would cut each block where DDP's buckets end
+def compile_network(net):
+    """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(1, device=next(net.parameters()).device))
+        net.compile(dynamic=False)
     except Exception as error:                        # no Triton or C++ compiler, or a GPU too old
-        return print0(f"blocks are not compiled here: {in_short(error)}")
-    for block in getattr(net, "blocks", [net]):
-        block.compile(dynamic=False)
+        print0(f"not compiled, which is impossible here: {in_short(error)}")
 
 
 @torch.no_grad()
@@ -512,7 +509,7 @@ def main():
         settings = dict(checkpoint=path.name, step=it.step, ema=it.ema, model=it.config["model"],
                         net_size=it.config["net_size"], n=n, classes=args.classes or "all", **how)
         if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
-            compile_blocks(it.kdiff.net)
+            compile_network(it.kdiff.net)
         print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
                + " | ".join(f"{key} {value}" for key, value in how.items()))
         columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")

@@ -28,7 +28,7 @@ from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser
                   run, seed_of, setup, some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
-from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_channel,
+from sample import (assemble, autocast, compile_network, draw_curves, draw_grid, draw_k_of_channel,
                     draw_k_of_t, pack_codec, read_log, read_weights, sample_all, shape_of, unpack_codec,
                     write_rows)
 
@@ -144,7 +144,7 @@ def main():
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
                       "(--steps for more, --out for another run)")
     if args.compile:
-        compile_blocks(kdiff.net)
+        compile_network(kdiff.net)
     kdiff.net.checkpointing = args.activation_checkpointing
     asked, saved, log = stop_signals(), state.step, Log(args.out / "log.csv", state, args, data)
 
@@ -250,6 +250,8 @@ def resume(path, state, codec, config, args, data):
             state.optimizer.load_state_dict(file["optimizer"])
             state.step, state.skipped = file["step"], file["skipped"]
             codec = unpack_codec(file["data"], args.tokenizer if args.tokenizer != "pca" else None)
+        except UserError:
+            raise
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: of another program or version, name another --out or remove it "
                             f"({in_short(error)})") from None
