@@ -4,7 +4,7 @@ Images stream through Inception-v3 (2015) into float64 sums, so memory does not 
 neither batch size nor the number of processes changes the result. `--features pixels` needs no weights: the
 distance of 16x16 thumbnails, an offline yardstick, not called FID.
 
-    python fid.py SAMPLES REF       each a folder of images, a packed .npy, an .npz; REF also of mu and sigma
+    python fid.py SAMPLES REF       each a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)
     python fid.py --make_ref DATA --image_size 256 --out ref.npz   the reference statistics of training images
     torchrun --nproc_per_node 8 fid.py SAMPLES REF                 the images are split over the processes
 """
@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, Parser, Shapes, barrier, check_ranges,
+from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, Parser, barrier, check_ranges,
                   list_images, need, open_dataset, print0, Progress, read_image, read_json, read_tensors,
                   readable, run, setup, to_tensor, write_atomically)
 
@@ -32,19 +32,25 @@ from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, Parser, S
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
 
-    With sigma = A A^T of each, tr (sigma1 sigma2)^(1/2) is the sum of the singular values of A1^T A2: real,
-    never NaN, exact at every rank. UserError for other shapes or values not finite.
+    tr (sigma1 sigma2)^(1/2) sums the roots of the eigenvalues of sigma1 sigma2; where one is singular, with
+    sigma = A A^T of each, the singular values of A1^T A2: real, never NaN, exact at every rank. UserError for
+    other shapes or values not finite.
     """
     mu1, sigma1, mu2, sigma2 = arrays = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
     shapes = [a.shape for a in arrays]
     need(mu1.ndim == 1 and shapes == [mu1.shape, 2 * mu1.shape] * 2 and np.isfinite(sum(map(np.sum, arrays))),
          f"mu (D,) and sigma (D, D) of finite numbers expected twice, not {shapes}")
-    roots = []
-    for sigma in (sigma1, sigma2):
-        values, vectors = scipy.linalg.eigh(sigma)
-        keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]        # the others should be 0
-        roots.append(vectors[:, keep] * np.sqrt(values[keep]))                    # A (D, rank)
-    cross = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    try:
+        scipy.linalg.cholesky(sigma1, check_finite=False)                         # both must be definite
+        values = scipy.linalg.eigh(sigma1, sigma2, type=2, driver="gv", eigvals_only=True, check_finite=False)
+        cross = np.sqrt(values.clip(min=0)).sum()                                 # 6 times as fast as below
+    except scipy.linalg.LinAlgError:
+        roots = []
+        for sigma in (sigma1, sigma2):
+            values, vectors = scipy.linalg.eigh(sigma)
+            keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]    # the others should be 0
+            roots.append(vectors[:, keep] * np.sqrt(values[keep]))                # A (D, rank)
+        cross = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
     return float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 
@@ -193,7 +199,7 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 
 
-def make_extractor(features="inception", weights=None, device="cpu"):
+def make_extractor(features="inception", weights=None, device="cpu", any_weights=False):
     """Pixels, or Inception with the published weights, downloaded once a machine; UserError for others."""
     if features == "pixels":
         return Pixels().to(device)
@@ -204,7 +210,8 @@ def make_extractor(features="inception", weights=None, device="cpu"):
             torch.hub.download_url_to_file(URL, path, hash_prefix=WEIGHTS)
     barrier()
     network = Inception(path)
-    need(network.sha256 == WEIGHTS, f"{path}: not FID's weights ({URL}) but of sha256 {network.sha256}")
+    need(any_weights or network.sha256 == WEIGHTS, f"{path}: not FID's weights ({URL}) but of sha256 "
+         f"{network.sha256}; --any_weights takes them for a number that compares with nothing")
     return network.to(device)
 
 
@@ -247,7 +254,7 @@ def show(result, reference, weights=None, settings=None):
     """Print a result of evaluate() with what made it; weights: their sha256, settings: of the samples."""
     if "fid" in result:
         print0(f"FID {result['fid']:.6g}", "(warning: too high, of fewer than 2,048 images)"
-               if min(result["n"], reference.n or 2048) < 2048 else "")
+               if min(result["n"] or 2048, reference.n or 2048) < 2048 else "")
     else:
         print0(f"pixel distance {result['pixel_distance']:.6g}")
     if "is_mean" in result:
@@ -255,7 +262,8 @@ def show(result, reference, weights=None, settings=None):
     print0(f"samples: {result['n']:,} images", f"| settings {json.dumps(settings)}" if settings else "")
     print0(f"reference: {f'{reference.n:,} images' if reference.n else 'statistics'} | {reference.path}",
            f"| sha256 {sha256(reference.path)}" if RANK == 0 and Path(reference.path).is_file() else "")
-    print0(f"weights: sha256 {weights}" if weights else "no weights")
+    if weights:
+        print0(f"weights: sha256 {weights}", "" if weights == WEIGHTS else "(WARNING: not FID's own)")
 
 
 class Source(NamedTuple):
@@ -272,11 +280,11 @@ class Source(NamedTuple):
     def batches(self, batch_size):
         """This process's share as evaluate() takes it; a GPU still computes while the next batch is read."""
         need(self.read and self.n > 1, f"{self.path}: no images, or fewer than 2, so without covariance")
-        progress, first, last = Progress(-(-self.n // WORLD)), self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD
+        progress, first, last = Progress(self.n), self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD
         for i in range(first, last, batch_size):
             j = min(i + batch_size, last)
             yield self.read(i, j), i
-            progress(j - first)
+            progress(j)
 
 
 def open_images(path, names, item):
@@ -351,13 +359,14 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("samples", nargs="?", help="a folder of images, an .npz (arr_0) or a packed .npy")
-    add("reference", nargs="?", help="likewise, or an .npz of mu and sigma")
-    add("--make_ref", metavar="DATA", help="write a reference: a folder of images, packed .npy or `shapes`")
+    add("samples", nargs="?", help="a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)")
+    add("reference", nargs="?", help="likewise")
+    add("--make_ref", metavar="DATA", help="write a reference of what train.py takes as --data: a folder, ...")
     add("--image_size", type=int, help="for --make_ref: pixels, cropped to as in training")
     add("--out", help="for --make_ref: the .npz")
     add("--features", choices=list(EXTRACTORS), default="inception", help="pixels needs no weights; no FID")
     add("--weights", help="Inception weights file (default: downloaded once)")
+    add("--any_weights", action="store_true", help="accept others: a number that compares with nothing")
     add("--batch_size", type=int, default=64, help="images at a time on each process")
     add("--device", help="default: cuda, else cpu")
     args = parser.parse_args()
@@ -373,13 +382,16 @@ def main():
     device, *_ = setup(args.device)
     if args.make_ref:
         size = args.image_size
-        data = Shapes(10_000, size) if args.make_ref == "shapes" else open_dataset(args.make_ref, size)
+        data = open_dataset(args.make_ref, size)
         reference = open_images(args.make_ref, range(len(data)), lambda i: data[i][0])
     else:
         samples, reference = (open_source(path, args.features) for path in (args.samples, args.reference))
         need(reference.size in (None, samples.size),
              f"{args.reference}: height and width {reference.size}, {args.samples} {samples.size}")
-    extractor = make_extractor(args.features, args.weights, device)
+        if not samples.read and not reference.read:
+            distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
+            return show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, samples.weights)
+    extractor = make_extractor(args.features, args.weights, device, args.any_weights)
     if reference.read:
         statistics = Statistics(extractor.dim, device)
         for images, _ in reference.batches(args.batch_size):

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 import fid
 import model
 from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
-                  check_ranges, in_short, need, open_dataset, print0, read_in_batches, read_tensors, readable, run,
-                  seed_of, setup, write_atomically)
+                  check_ranges, in_short, need, open_dataset, print0, read_in_batches, read_tensors, readable,
+                  run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
