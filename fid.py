@@ -361,7 +361,7 @@ def parse():
     add = parser.add_argument
     add("samples", nargs="?", help="a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)")
     add("reference", nargs="?", help="likewise")
-    add("--make_ref", metavar="DATA", help="write a reference of what train.py takes as --data: a folder, ...")
+    add("--make_ref", metavar="DATA", help="write a reference of DATA, as for train.py --data")
     add("--image_size", type=int, help="for --make_ref: pixels, cropped to as in training")
     add("--out", help="for --make_ref: the .npz")
     add("--features", choices=list(EXTRACTORS), default="inception", help="pixels needs no weights; no FID")

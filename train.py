@@ -232,7 +232,7 @@ def save(path, state, config, codec, data):
 def resume(path, state, codec, config, args, data):
     """Load the checkpoint, if any, into the state; returns its codec. UserError, naming what differs."""
     if path.exists():
-        file = read_tensors(path, mmap=True)
+        file = read_tensors(path, mmap=state.parameters[0].is_cuda)      # many processes share one copy
         try:
             before = file["config"]
             for key in FIXED:
@@ -378,7 +378,11 @@ def settle(args, data, codec, device):
                 "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    C, size, _ = codec.encode(some_items(data, 1))[0].shape
+    if isinstance(data, Latents):
+        C, size = data.shape[:2]
+    else:
+        pca = codec.tokenizer
+        C, size = (pca.channels, args.image_size // pca.factor) if pca else (3, args.image_size)
     faded = [decay for decay in args.ema if decay ** args.steps < 0.01]     # they have forgotten the start
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
         "net_size": size, "in_channels": C, "images": len(data), "num_classes": len(data.classes),
