@@ -669,13 +669,13 @@ class Progress:
         if RANK == 0 and (done == self.total or now - self.last > 10):
             self.last, rate = now, done / max(now - self.start, 1e-9)
             left = timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))
-            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr, flush=True)
+            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Errors: one line that names the flag or file, the value and the remedy, and exit status 2
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend, met by all processes alike: the first of each machine prints it."""
 
 

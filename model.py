@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
-# A block of the transformers
-
+# The transformers
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, always in float32; where given, * (1 + scale) + shift."""
@@ -73,12 +72,22 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x):
-        gate, x = self.w12(x).chunk(2, dim=-1)
-        return self.w3(self.dropout(F.silu(gate) * x))
+        w, b = self.w12.weight, self.w12.bias
+        if torch.compiler.is_compiling():
+            # the bias image by image: its gradient is then summed in the pass that computes the product's
+            x = F.linear(x, w)                                     # (N, T, 2 hidden)
+            gate, x = (x + b.to(x.dtype).expand(len(x), 1, -1)).chunk(2, dim=-1)
+        else:
+            # two products, or else the gradients of the halves would be copied together
+            gate, x = (F.linear(x, *half) for half in zip(w.chunk(2), b.chunk(2)))
+        return self.w3(self.dropout(F.silu(gate) * x))             # (N, T, D)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate."""
+    """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate.
+
+    The first `drop` tokens leave the stream after attention: others have read them, and nobody will again.
+    """
 
     def __init__(self, dim, heads, qk_norm, dropout=0.0):
         super().__init__()
@@ -88,15 +97,16 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, condition, rope):
+    def forward(self, x, condition, rope, drop=0):
         m = self.adaLN_modulation(condition)[:, None]              # (N, 1, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))
+        x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))[:, drop:]
         return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The transformers
+def named(**modules):
+    """A Sequential whose parts have these names, as the published keys do."""
+    return nn.Sequential(OrderedDict(modules))
 
 
 class FinalLayer(nn.Module):
@@ -114,13 +124,13 @@ class FinalLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What JiT and DiT share: everything but the way from patches to tokens (`embed`).
+    """What JiT and DiT share: everything but x_embedder, which makes a token of each patch.
 
     forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). With `checkpointing` set, the
     backward pass computes each block's activations again. ValueError where a size does not fit.
     """
 
-    def __init__(self, image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm,
+    def __init__(self, *, image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm=False,
                  dropout=0.0, context_tokens=0, context_start=0):
         super().__init__()
         if image_size % patch_size:
@@ -130,6 +140,7 @@ class Transformer(nn.Module):
             raise ValueError(f"context_start {context_start} lies behind the last of {depth} blocks: "
                              f"try {depth - 1}")
         self.patch_size, self.side, self.checkpointing = patch_size, image_size // patch_size, False
+        self.in_channels = in_channels
         self.context_start = context_start if context_tokens else None
         if context_tokens:
             self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context_tokens, dim))
@@ -149,15 +160,17 @@ class Transformer(nn.Module):
         y = self.y_embedder.embedding_table(y)                     # (N, D)
         condition = self.t_embedder(t) + y
         x = F.pixel_unshuffle(x, p).flatten(2).mT                  # (N, T, C p p)
-        x = self.embed(x) + self.pos_embed                         # (N, T, D)
+        for conv in self.x_embedder:                               # on patches that is a matrix product
+            x = F.linear(x, conv.weight.flatten(1), conv.bias)
+        x = x + self.pos_embed                                     # (N, T, D)
         rope = self.rope[:, -T:]                                   # (2, T, 1, h / 2, 2)
         for i, block in enumerate(self.blocks):
             if i == self.context_start:                            # class tokens in front, unturned
                 x = torch.cat([y[:, None] + self.in_context_posemb.squeeze(0), x], dim=1)
                 rope = self.rope
-            inputs = x, condition, rope
+            inputs = x, condition, rope, x.shape[1] - T if block is self.blocks[-1] else 0
             x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
-        x = self.final_layer(x[:, -T:], condition)                 # (N, T, p p C)
+        x = self.final_layer(x, condition)                         # (N, T, p p C)
         x = x.unflatten(2, (p, p, -1)).unflatten(1, (s, s))        # (N, rows, columns, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -175,14 +188,11 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def compile(self, **how):
-        """Compile block by block: soon done, since blocks share one graph, and gradients leave block by block."""
-        for block in self.blocks:
-            block.compile(**how)
-
-
-def linear(x, conv):
-    """A convolution's weights applied to patches already unfolded: (N, T, C p p) -> (N, T, out)."""
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
+        """Compile each block in place: keys stay, one graph serves all, gradients leave block by block."""
+        torch._dynamo.config.recompile_limit = 64        # every number of tokens and images is a graph
+        torch._dynamo.config.optimize_ddp = False        # it would cut the blocks once more
+        for part in (*self.blocks, self.final_layer):
+            part.compile(**how)
 
 
 class JiT(Transformer):
@@ -191,32 +201,24 @@ class JiT(Transformer):
     `dropout` acts in the middle half of the blocks, the class tokens enter before block `context_start`.
     """
 
-    def __init__(self, *, image_size, patch_size, in_channels=3, dim, depth, heads, num_classes,
-                 bottleneck, context_tokens, context_start, dropout=0.0):
-        super().__init__(image_size, patch_size, in_channels, dim, depth, heads, num_classes, True, dropout,
-                         context_tokens, context_start)
-        self.x_embedder = nn.ModuleDict({
-            "proj1": nn.Conv2d(in_channels, bottleneck, patch_size, patch_size, bias=False),
-            "proj2": nn.Conv2d(bottleneck, dim, 1)})
+    def __init__(self, *, patch_size, in_channels=3, dim, bottleneck, **config):
+        super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, qk_norm=True, **config)
+        self.x_embedder = named(
+            proj1=nn.Conv2d(in_channels, bottleneck, patch_size, patch_size, bias=False),
+            proj2=nn.Conv2d(bottleneck, dim, 1))
         self.initialize()
-
-    def embed(self, patches):
-        return linear(linear(patches, self.x_embedder.proj1), self.x_embedder.proj2)
 
 
 class DiT(Transformer):
     """LightningDiT: image_size is the side of the latent."""
 
-    def __init__(self, *, image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm=False):
-        super().__init__(image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, dim, patch_size, patch_size)})
-        self.feat_rope = nn.Module()         # of the published files: checked when one is read, but never used
+    def __init__(self, *, patch_size, in_channels, dim, heads, **config):
+        super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, heads=heads, **config)
+        self.x_embedder = named(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size))
+        self.feat_rope = nn.Module()         # for the published files: checked when one is read, never used
         for name, table in zip(("freqs_cos", "freqs_sin"), rotary_positions(self.side, dim // heads)):
             self.feat_rope.register_buffer(name, table)
         self.initialize()
-
-    def embed(self, patches):
-        return linear(patches, self.x_embedder.proj)
 
 
 # Columns: D, depth, heads; JiT alone: bottleneck, in-context tokens and the block they enter before
@@ -234,14 +236,13 @@ SIZES = {
     "LightningDiT-demo": (  96,  4,  3),
 }
 COLUMNS = "dim", "depth", "heads", "bottleneck", "context_tokens", "context_start"
-# The published sizes and the demos; any other patch is NAME/PATCH as well
-NAMES = ("JiT-B/16", "JiT-B/32", "JiT-L/16", "JiT-L/32", "JiT-H/16", "JiT-H/32", "JiT-demo/8",
-         "LightningDiT-B/1", "LightningDiT-B/2", "LightningDiT-L/1", "LightningDiT-L/2",
-         "LightningDiT-XL/1", "LightningDiT-XL/2", "LightningDiT-demo/1")
+# The published sizes and the demos; NAME/PATCH is any other patch too
+NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-demo/8 LightningDiT-B/1 LightningDiT-B/2 "
+         "LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 LightningDiT-demo/1").split()
 
 
 def build(name, image_size, num_classes, in_channels=None, **overrides):
-    """Network NAME/PATCH; image_size in pixels for JiT, in latents for LightningDiT. ValueError if unknown."""
+    """Network NAME/PATCH; image_size in pixels for JiT, in latents for the others. ValueError if unknown."""
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal() or int(patch) < 1:
         raise ValueError(f"unknown model {name}: choose from {', '.join(NAMES)}, "
@@ -255,54 +256,46 @@ def build(name, image_size, num_classes, in_channels=None, **overrides):
 # ------------------------------------------------------------------------------------------------------------
 # Time and positions
 
-
 class TimeEmbedding(nn.Module):
-    """t (N,) in [0, 1] -> (N, D), in float64: bfloat16 cannot tell nearby times apart, TF32 hardly.
+    """t (N,) in [0, 1] -> (N, D), in float64, which neither autocast nor TF32 makes less: in bfloat16 nearby
+    times would be one."""
 
-    Neither autocast nor the precision set for float32 products touches float64.
-    """
-
-    def __init__(self, dim, frequencies=128):
+    def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(2 * 128, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        first, last = ((layer.weight.double(), layer.bias.double()) for layer in (self.mlp[0], self.mlp[2]))
-        i = torch.arange(self.frequencies, device=t.device)
-        a = t.double()[:, None] * torch.exp(-math.log(10000) * i / self.frequencies)
-        x = F.linear(torch.cat([a.cos(), a.sin()], dim=1), *first)
-        return F.linear(F.silu(x), *last).float()
+        exact = torch.float32 if t.device.type == "mps" else torch.float64       # which Apple's GPUs lack
+        w1, b1, w2, b2 = (p.to(exact) for p in self.mlp.parameters())
+        i = torch.arange(128, device=t.device)
+        a = t.to(exact)[:, None] * torch.exp(-math.log(10000) * i / 128)
+        x = F.linear(torch.cat([a.cos(), a.sin()], dim=1), w1, b1)
+        return F.linear(F.silu(x), w2, b2).float()
 
 
-def grid(side):
-    """Row and column of each of the side * side tokens, read row by row: two float64 tensors (T,)."""
-    row, column = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
-    return row.flatten(), column.flatten()
-
-
-def angles(position, n):
-    """position (T,) at n geometric frequencies from 1 down to 1/10000 (exclusive): (T, n)."""
-    return position[:, None] * 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+def angles(side, n):
+    """Row and column of each token, read row by row, at n frequencies from 1 down to 1/10000: two (T, n)."""
+    i, place = torch.arange(n, dtype=torch.float64), torch.arange(side, dtype=torch.float64)
+    a = place[:, None] * 10000.0 ** (-i / n)                       # (side, n)
+    return a.repeat_interleave(side, dim=0), a.repeat(side, 1)
 
 
 def sincos_positions(side, dim):
     """The fixed table (1, T, D) added to the tokens: first half of D the column, second half the row."""
-    row, column = (angles(p, dim // 4) for p in grid(side))
+    row, column = angles(side, dim // 4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()[None]
 
 
 def rotary_positions(side, dim, prefix=0):
-    """cos and sin (prefix + T, h) of 2-D RoPE: the first half of a head turns by the row, the second by the
-    column; `prefix` tokens in front are left unturned."""
-    theta = torch.cat([angles(p, dim // 4) for p in grid(side)], dim=1).repeat_interleave(2, dim=1)
-    theta = F.pad(theta, (0, 0, prefix, 0))
-    return theta.cos().float(), theta.sin().float()
+    """cos and sin (prefix + T, h) of 2-D RoPE, the first `prefix` of angle 0: the first half of a head turns
+    by the row, the second by the column."""
+    a = torch.cat(angles(side, dim // 4), dim=1).repeat_interleave(2, dim=1)
+    a = F.pad(a, (0, 0, prefix, 0))
+    return a.cos().float(), a.sin().float()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # VA-VAE f16d32, a KL autoencoder of the latent-diffusion family
-
 
 def conv(width_in, width, size=3):
     return nn.Conv2d(width_in, width, size, padding=size // 2)
@@ -310,11 +303,6 @@ def conv(width_in, width, size=3):
 
 def norm(width):
     return nn.GroupNorm(32, width, eps=1e-6)
-
-
-def named(**modules):
-    """A Sequential whose parts have these names, as the published keys do."""
-    return nn.Sequential(OrderedDict(modules))
 
 
 class ResidualBlock(nn.Module):
@@ -349,31 +337,16 @@ class SpatialAttention(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention where asked, then the way to the next."""
 
-    def __init__(self, width_in, width, blocks, attention, downsample=None, upsample=None):
+    def __init__(self, width_in, width, blocks, attention):
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(width if i else width_in, width) for i in range(blocks))
-        self.attn = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for _ in range(blocks))
-        self.downsample, self.upsample = downsample or nn.Identity(), upsample or nn.Identity()
+        self.attn = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for _ in self.block)
+        self.downsample, self.upsample = nn.Identity(), nn.Identity()
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         return self.upsample(self.downsample(x))
-
-
-def middle(width):
-    return named(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
-                 block_2=ResidualBlock(width, width))
-
-
-def half(width):
-    """A pixel of padding right and below, then a convolution of stride 2."""
-    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
-
-
-def twice(width):
-    """Nearest neighbour, then a convolution."""
-    return named(nearest=nn.Upsample(scale_factor=2), conv=conv(width, width))
 
 
 class Autoencoder(nn.Module):
@@ -382,13 +355,21 @@ class Autoencoder(nn.Module):
     def __init__(self, widths=(128, 128, 256, 256, 512), latent=32):
         super().__init__()
         first, last, n = widths[0], widths[-1], len(widths) - 1
-        down = [Level(widths[max(i - 1, 0)], width, 2, i == n, downsample=half(width) if i < n else None)
-                for i, width in enumerate(widths)]
-        up = {str(i): Level(widths[min(i + 1, n)], widths[i], 3, i == n, upsample=twice(widths[i]) if i else None)
-              for i in reversed(range(n + 1))}                     # as in the encoder, 0 is full resolution
-        self.encoder = named(conv_in=conv(3, first), down=nn.Sequential(*down), mid=middle(last),
+        down, up = {}, {}                                          # in both, level 0 is full resolution
+        for i, width in enumerate(widths):
+            down[str(i)] = Level(widths[max(i - 1, 0)], width, blocks=2, attention=i == n)
+            if i < n:                                              # padded on the right and below alone
+                down[str(i)].downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                                conv=nn.Conv2d(width, width, 3, stride=2))
+        for i, width in reversed(list(enumerate(widths))):
+            up[str(i)] = Level(widths[min(i + 1, n)], width, blocks=3, attention=i == n)
+            if i > 0:
+                up[str(i)].upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(width, width))
+        mid = [named(block_1=ResidualBlock(last, last), attn_1=SpatialAttention(last),
+                     block_2=ResidualBlock(last, last)) for _ in range(2)]
+        self.encoder = named(conv_in=conv(3, first), down=named(**down), mid=mid[0],
                              norm_out=norm(last), swish=nn.SiLU(), conv_out=conv(last, 2 * latent))
-        self.decoder = named(conv_in=conv(latent, last), mid=middle(last), up=named(**up),
+        self.decoder = named(conv_in=conv(latent, last), mid=mid[1], up=named(**up),
                              norm_out=norm(first), swish=nn.SiLU(), conv_out=conv(first, 3))
         self.quant_conv, self.post_quant_conv = conv(2 * latent, 2 * latent, 1), conv(latent, latent, 1)
 
@@ -403,7 +384,6 @@ class Autoencoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------
 # What the sizes cost
-
 
 def gmacs(net, shape):
     """Billions of multiply-adds in one forward of one input of this shape (C, H, W)."""

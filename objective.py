@@ -165,8 +165,8 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
     """The k (C,) that leaves a network least to do in each channel of data x (N, C, H, W), under the v-loss.
 
     v^ holds -(c+d) z / Delta, a skip connection from z. If the network adds what the rest of the noisy
-    picture tells of x_i, there remains k xi - (1-k) e, with xi of variance r(t), the innovation: what a linear
-    regression on all other coordinates, seen as z/t = x + (1-t)/t e, leaves. With s the noise's scale, the
+    picture tells of x_i, there remains k xi - (1-k) e, with xi of variance r(t), the innovation: what is left
+    by a linear regression on all other coordinates, seen as z/t = x + (1-t)/t e. With s the noise's scale the
     slope of <(r k^2 + s^2 (1-k)^2) / Delta^2> vanishes at k = 1 / (1 + rho), where
     rho = <r t / Delta^3> / (s^2 <(1-t) / Delta^3>). Without a picture around, r is the variance; under the
     u-loss Delta drops out and k_of_direction() is left.

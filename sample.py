@@ -21,13 +21,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
 import fid
 import model
 from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
-                  check_ranges, need, open_dataset, print0, read_in_batches, read_tensors, readable, run,
-                  seed_of, setup, write_atomically)
+                  check_ranges, in_short, need, open_dataset, print0, read_in_batches, read_tensors, readable,
+                  run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -87,12 +86,13 @@ def autocast(device, dtype=None):
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def compile_blocks(net):
-    """Compile each block in place (a network without blocks as a whole): no prefix in checkpoints."""
-    torch._dynamo.config.recompile_limit = 64         # blocks share one code, each shape of tokens is a graph
-    torch._dynamo.config.optimize_ddp = False         # would cut each block where DDP's buckets end
-    for block in getattr(net, "blocks", [net]):
-        block.compile(dynamic=False)
+def compile_network(net):
+    """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(1, device=next(net.parameters()).device))
+        net.compile(dynamic=False)
+    except Exception as error:                        # no Triton or C++ compiler, or a GPU too old
+        print0(f"not compiled, which is impossible here: {in_short(error)}")
 
 
 @torch.no_grad()
@@ -226,8 +226,9 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     with readable(path, f"a {config.get('model')} whose weights fit"):
         kdiff, codec = assemble(config), unpack_codec(state, tokenizer)
         kdiff.load_state_dict(weights)
-    return SimpleNamespace(kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device),
-                           shape=shape_of(config), classes=state["classes"], config=config, step=step, ema=ema)
+    return SimpleNamespace(
+        kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device), shape=shape_of(config),
+        classes=state["classes"], config=config, step=step, ema=ema)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,10 +396,10 @@ def measure(it, path, classes, n, batch_size, how, extractor, reference, setting
 
 
 def write_samples(batches, n, size, out, settings):
-    """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings), or PNGs in a folder."""
+    """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings), or a folder."""
     out = Path(out)
     if out.suffix != ".npz":
-        need(not out.is_dir() or not any(out.iterdir()), f"--out {out} holds files: remove it or choose another")
+        need(not out.is_dir() or not any(out.iterdir()), f"--out {out} holds files: name another folder")
         barrier()                                              # all have looked before the first writes
         for images, labels, indices in batches:
             for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
@@ -439,8 +440,8 @@ def parse():
     """The command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="*",
-        help="ckpt.pt of a run, or a published file; with --fid or --gif several, with --plot folders of runs")
+    add("checkpoint", nargs="+",
+        help="ckpt.pt of a run, or a published file; several for --fid and --gif, folders of runs for --plot")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
     add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say "
         "--samples (default: 8 a class in a grid, 50,000 for --fid)")
@@ -464,16 +465,14 @@ def parse():
     add("--weights", help="Inception weights file, for --fid")
     add("--nearest", metavar="DATA", help="below each sample its nearest picture of these training data")
     add("--gif", metavar="FILE", help="draw the solver's way from noise to picture, a row a checkpoint")
-    add("--toy", metavar="PICTURE", help="no checkpoint: train and draw the JiT paper's spiral, k learned")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     check_ranges(args, n=1, steps=1, batch_size=1)
     need(not args.out or Path(args.out).suffix in ("", ".png", ".npz"),
          f"--out {args.out}: a .png, an .npz or a folder")
     need(not args.fid or not args.out, "--fid measures samples without writing them: leave out --out")
-    need(args.checkpoint or args.toy, "name a checkpoint, such as out/pixel/ckpt.pt (see --help)")
-    need(args.fid or args.plot or args.gif or len(args.checkpoint) < 2,
-         f"{args.checkpoint[-1:]}: one checkpoint at a time (several go with --fid, --gif or --plot)")
+    need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1,
+         f"{args.checkpoint[-1]}: one checkpoint at a time (several go with --fid, --gif or --plot)")
     return args
 
 
@@ -489,8 +488,6 @@ def plot(folders, column, out):
 def main():
     """Draw a grid or a GIF, write samples or measure them, as the flags say."""
     args = parse()
-    if args.toy:
-        return toy(args.toy)
     if args.plot:
         return plot(args.checkpoint, args.plot, args.out or f"{args.plot}.png")
     device, *_ = setup(args.device)
@@ -512,7 +509,7 @@ def main():
         settings = dict(checkpoint=path.name, step=it.step, ema=it.ema, model=it.config["model"],
                         net_size=it.config["net_size"], n=n, classes=args.classes or "all", **how)
         if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
-            compile_blocks(it.kdiff.net)
+            compile_network(it.kdiff.net)
         print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
                + " | ".join(f"{key} {value}" for key, value in how.items()))
         columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
@@ -543,62 +540,6 @@ def main():
     if args.gif and RANK == 0:
         draw_paths(paths.values(), list(paths), args.gif)
         print0(f"wrote {args.gif}")
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The spiral of the JiT paper (its Figure 2), with k learned: the whole program with a network of another kind
-
-class MLP(nn.Module):
-    """u^ = net(z, t, y): all that is asked of a network. z (N, D, 1, 1), t (N,) in [0, 1]; y plays no part."""
-
-    def __init__(self, D, width=256, frequencies=32):
-        super().__init__()
-        widths = [D + 2 * frequencies] + 4 * [width]
-        layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, D))
-        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies))
-
-    def forward(self, z, t, y):
-        a = t[:, None] * self.frequencies
-        return self.layers(torch.cat([z.flatten(1), a.cos(), a.sin()], dim=1)).view_as(z)
-
-
-def spiral(u):
-    """The points (N, 2) of a spiral at u (N,) in [0, 1], evenly spread along it, of variance about 1."""
-    angle = 3 * math.pi * (u + 0.02).sqrt()
-    return 0.2 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-
-
-def toy(out, steps=1000, batch=512, n=512):
-    """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. A row a target, a column a D."""
-    cell, font = 200, ImageFont.load_default(14)
-    sheet = Image.new("RGB", (4 * cell, 4 * cell), PAPER)
-    pen, curve = ImageDraw.Draw(sheet), spiral(torch.linspace(0, 1, 2000))
-    for row, target in enumerate(("eps", "v", "x", "k")):
-        for column, D in enumerate((2, 8, 16, 512)):
-            torch.manual_seed(0)
-            P = torch.linalg.qr(torch.randn(D, 2)).Q                              # (D, 2), orthonormal
-            kdiff = KDiff(MLP(D), target, num_classes=0, t_mean=0.0, t_std=1.0, channels=D)
-            w = [] if kdiff.w is None else [{"params": [kdiff.w], "lr": 1e-2}]
-            optimizer = torch.optim.Adam([{"params": kdiff.net.parameters()}, *w], lr=1e-3)
-            y = torch.zeros(batch, dtype=torch.long)
-            for _ in range(steps):
-                x = spiral(torch.rand(batch)) @ P.T                               # (N, D)
-                loss = kdiff(x.view(batch, D, 1, 1), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            with torch.no_grad():
-                z = integrate(guided(kdiff, y[:n], 1.0, (0.0, 1.0)), torch.randn(n, D, 1, 1)).flatten(1)
-            off = torch.cdist(z, curve @ P.T).min(1).values.mean().item()
-            k = kdiff.ks()["k"].item()
-            print0(f"D {D:3} | target {target:3} | k {k:.3f} | mean distance to the spiral {off:.3f}")
-            pen.text((column * cell + 8, row * cell + 6), f"D {D}  {target}  k {k:.2f}", INK, font)
-            for a, b in (z @ P).clamp(-3, 3).tolist():
-                at = column * cell + cell / 2 + 30 * a, row * cell + cell / 2 + 30 * b
-                pen.rectangle([at, (at[0] + 1, at[1] + 1)], COLOURS[row])
-    write_atomically(out, sheet.save)
-    print0(f"wrote {out}")
 
 
 if __name__ == "__main__":

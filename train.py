@@ -24,14 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser, PatchPCA, UserError,
-                  barrier, check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable, run,
-                  seed_of, setup, some_items, write_atomically)
+                  barrier, check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable,
+                  run, seed_of, setup, some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
-from sample import (assemble, autocast, compile_blocks, draw_curves, draw_grid, draw_k_of_channel,
-                    draw_k_of_t, pack_codec, read_log, read_weights, sample_all, shape_of, unpack_codec, write_rows)
+from sample import (assemble, autocast, compile_network, draw_curves, draw_grid, draw_k_of_channel,
+                    draw_k_of_t, pack_codec, read_log, read_weights, sample_all, shape_of, unpack_codec,
+                    write_rows)
 
-PRESETS = {"paper": {  # Table 4  latent                  pixel                   the flag's help
+TABLE_4 = {   #      latent                  pixel                   the flag's help
     "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
     "image_size":    (256,                    256,                    "pixels"),
     "epochs":        (800.0,                  600.0,                  "passes over the data"),
@@ -51,46 +52,21 @@ PRESETS = {"paper": {  # Table 4  latent                  pixel                 
     "save_every":    (1000,                   1000,                   "steps between checkpoints"),
     "sample_every":  (5000,                   5000,                   "steps between pictures; 0: none"),
     "tokenizer":     (None,                   None,                   "pca (of patches), or VA-VAE weights"),
-}}
-PRESETS["demo"] = {   # built-in data. A patch has more values than the network is wide: only x fits (JiT)
-    "model":         ("LightningDiT-demo/1",  "JiT-demo/8"),
-    "image_size":    (32,                     32),
-    "epochs":        (13.0,                   10.0),
-    "warmup_epochs": (0.25,                   0.25),
-    "batch_size":    (64,                     64),
-    "lr":            (4e-3,                   4e-3),
-    "k_lr":          (1.0,                    10.0),
-    "ema":           ([.99, .98, .95],        [.99, .98, .95]),
-    "noise_scale":   (1.0,                    1.0),
-    "cfg":           (2.0,                    2.0),
-    "log_every":     (20,                     20),
-    "save_every":    (500,                    500),
-    "sample_every":  (500,                    500),
-    "tokenizer":     ("pca",                  None),
 }
-FASHION = PRESETS["demo"] | {   # the demo's column where --data is fashion: 4,000 steps
-    "epochs":        (4.267,                  4.267),
-    "warmup_epochs": (0.03,                   0.03),
-    "ema":           ([.999, .998, .995],     [.999, .998, .995]),
-    "save_every":    (1000,                   1000),
-    "sample_every":  (1000,                   1000),
+# What other presets change, (latent, pixel) where the two differ. The demo's patch has more values than its
+# network is wide, so that only x fits through (JiT); small is for 1,000 to 50,000 pictures at 64 to 128 px.
+PRESETS = {
+    "paper": {},
+    "demo": dict(model=("LightningDiT-demo/1", "JiT-demo/8"), image_size=32, epochs=(13.0, 10.0),
+                 warmup_epochs=0.25, batch_size=64, lr=4e-3, k_lr=(1.0, 10.0), ema=[.99, .98, .95],
+                 noise_scale=1.0, cfg=2.0, log_every=20, save_every=500, sample_every=500,
+                 tokenizer=("pca", None)),
+    "small": dict(model=("LightningDiT-S/1", None), image_size=64, epochs=400.0, batch_size=64, lr=5e-4,
+                  k_lr=(1.0, 10.0), ema=[.9995, .999, .995], noise_scale=1.0, cfg=(1.5, 2.0), log_every=20,
+                  save_every=500, sample_every=1000, tokenizer=("pca", None)),
 }
-PRESETS["small"] = {   # 1,000 to 50,000 pictures of your own, 64 to 128 px: a GPU of 12 GB, or a patient CPU
-    "model":         ("LightningDiT-S/1",     None),                  # JiT-S, patch = image_size / 8
-    "image_size":    (64,                     64),
-    "epochs":        (400.0,                  400.0),
-    "warmup_epochs": (5.0,                    5.0),
-    "batch_size":    (64,                     64),
-    "lr":            (5e-4,                   5e-4),
-    "k_lr":          (1.0,                    10.0),
-    "ema":           ([.9995, .999, .995],    [.9995, .999, .995]),
-    "noise_scale":   (1.0,                    1.0),
-    "cfg":           (1.5,                    2.0),
-    "log_every":     (20,                     20),
-    "save_every":    (500,                    500),
-    "sample_every":  (1000,                   1000),
-    "tokenizer":     ("pca",                  None),
-}
+FASHION = PRESETS["demo"] | dict(epochs=4.267, warmup_epochs=0.03, ema=[.999, .998, .995], save_every=1000,
+                                 sample_every=1000)                         # the demo on 60,000 pictures
 COMPONENTS = ("channel", "asym")      # targets that take the principal components of patches as channels
 
 # What a resumed run must share with its checkpoint; all else may change, and is told.
@@ -168,7 +144,7 @@ def main():
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
                       "(--steps for more, --out for another run)")
     if args.compile:
-        compile_blocks(kdiff.net)
+        compile_network(kdiff.net)
     kdiff.net.checkpointing = args.activation_checkpointing
     asked, saved, log = stop_signals(), state.step, Log(args.out / "log.csv", state, args, data)
 
@@ -194,9 +170,8 @@ def main():
             leave(128 + stop)
         # show
         if RANK == 0 and args.sample_every and state.step % args.sample_every == 0 and not last:
-            began = time.time()
             show(args, state, codec, data, config, last=False)
-            log.ticked += time.time() - began              # not counted as training
+            log.restart()                                  # not counted as training
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)              # all is saved: nothing can be lost from here on
     if RANK == 0:
@@ -257,7 +232,7 @@ def save(path, state, config, codec, data):
 def resume(path, state, codec, config, args, data):
     """Load the checkpoint, if any, into the state; returns its codec. UserError, naming what differs."""
     if path.exists():
-        file = read_tensors(path, mmap=True)
+        file = read_tensors(path, mmap=state.parameters[0].is_cuda)      # many processes share one copy
         try:
             before = file["config"]
             for key in FIXED:
@@ -275,6 +250,8 @@ def resume(path, state, codec, config, args, data):
             state.optimizer.load_state_dict(file["optimizer"])
             state.step, state.skipped = file["step"], file["skipped"]
             codec = unpack_codec(file["data"], args.tokenizer if args.tokenizer != "pca" else None)
+        except UserError:
+            raise
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}: of another program or version, name another --out or remove it "
                             f"({in_short(error)})") from None
@@ -291,10 +268,10 @@ def parse():
     """The command line over its preset. UserError for values that cannot work."""
     parser, yes_no = Parser(__doc__), argparse.BooleanOptionalAction
     add = parser.add_argument
-    add("--space", choices=("pixel", "latent"), default="pixel", help="the column of Table 4 (default pixel)")
-    add("--data", default="shapes", help="shapes (default), fashion, a folder (images, latents) or packed .npy")
+    add("--space", choices=("pixel", "latent"), default="pixel", help="column of Table 4 (default pixel)")
+    add("--data", default="shapes", help="shapes, fashion, or a path: images, latents, a packed .npy")
     add("--data_dir", help="where the files of --data fashion lie, if not where they are looked for")
-    add("--preset", choices=list(PRESETS), help="the other defaults: demo for built-in data, else paper")
+    add("--preset", choices=list(PRESETS), help="other defaults (demo for built-in data, else paper)")
     add("--out", help="folder of checkpoints, log and pictures (default out/SPACE[-DATA][-TARGET])")
     add("--target", default="k", help=f"{', '.join(TARGETS)}, or a number in [0, 1]: k, fixed (default k)")
     add("--loss", choices=LOSSES, default="v", help="the variable whose error is squared (default v)")
@@ -314,7 +291,7 @@ def parse():
     add("--keep_every", type=int, default=0, help="steps between checkpoints that stay, as ckpt-STEP.pt")
     add("--samples", type=int, help="images in a picture; 0: no pictures")
     add("--sample_steps", type=int, help="solver steps for pictures (default 25; on a GPU 50)")
-    for name, (latent, pixel, text) in PRESETS["paper"].items():
+    for name, (latent, pixel, text) in TABLE_4.items():
         value = pixel if latent is None else latent
         many = {"nargs": "+" if name == "ema" else 2} if isinstance(value, list) else {}
         kind = type(value[0] if many else value or "")
@@ -322,12 +299,13 @@ def parse():
     args = parser.parse_args()
     args.preset = args.preset or ("demo" if args.data in ("shapes", "fashion") else "paper")
     preset = FASHION if (args.data, args.preset) == ("fashion", "demo") else PRESETS[args.preset]
-    for name, columns in (PRESETS["paper"] | preset).items():
+    for name, (latent, pixel, _) in TABLE_4.items():
+        value = preset.get(name, (latent, pixel))
         if getattr(args, name) is None:
-            setattr(args, name, columns[args.space == "pixel"])
-    check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1, epochs=0,
-                 sample_every=0, keep_every=0, samples=0, sample_steps=1, workers=0, lr=0, k_lr=0, clip=0,
-                 warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0, tau=0)
+            setattr(args, name, value[args.space == "pixel"] if isinstance(value, tuple) else value)
+    check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1,
+                 epochs=0, sample_every=0, keep_every=0, samples=0, sample_steps=1, workers=0, lr=0, k_lr=0,
+                 clip=0, warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0, tau=0)
     table4 = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
     args.model = args.model or (f"JiT-S/{args.image_size // 8}" if args.preset == "small" else table4)
     need(args.model, f"--image_size {args.image_size} has no network in Table 4: "
@@ -400,7 +378,11 @@ def settle(args, data, codec, device):
                 "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
     for name, value in defaults.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    C, size, _ = codec.encode(some_items(data, 1))[0].shape
+    if isinstance(data, Latents):
+        C, size = data.shape[:2]
+    else:
+        pca = codec.tokenizer
+        C, size = (pca.channels, args.image_size // pca.factor) if pca else (3, args.image_size)
     faded = [decay for decay in args.ema if decay ** args.steps < 0.01]     # they have forgotten the start
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
         "net_size": size, "in_channels": C, "images": len(data), "num_classes": len(data.classes),
@@ -506,16 +488,19 @@ class Log:
 
     def __init__(self, path, state, args, data):
         self.path, self.state, self.args, self.per_epoch = path, state, args, len(data) / args.batch_size
-        self.first = self.logged = state.step
-        self.began = self.ticked = time.time()
-        self.bad_in_a_row, self.good, self.used = 0, [], time.process_time()
-        rows = []
+        self.on_cpu = state.parameters[0].device.type == "cpu"
+        self.first, self.began, self.bad_in_a_row, self.good, rows = state.step, time.time(), 0, [], []
+        self.restart()
         if state.step and path.exists():
             with readable(path, "a log that can be continued"), open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.step]
         barrier()                                          # all have read before the first writes
         if RANK == 0:
             write_rows(path, self.columns, rows)
+
+    def restart(self):
+        """Count time and steps from here."""
+        self.logged, self.ticked, self.used = self.state.step, time.time(), time.process_time()
 
     def add(self, loss, norm):
         """Take note of a step; its norm is not finite where it was skipped."""
@@ -548,7 +533,12 @@ class Log:
                        **{name: f"{k:.6f}" for name, k in ks.items()})
             with open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
-        self.good, self.logged, self.ticked = [], state.step, now
+        threads, cores = torch.get_num_threads(), (time.process_time() - self.used) / (now - self.ticked)
+        if threads > 1 and self.on_cpu and cores < 0.7 * threads:    # threads spin while they wait for others
+            torch.set_num_threads(threads - 1)
+            print0(f"other programs left {cores:.1f} of {threads} cores: {threads - 1} threads from here on")
+        self.good = []
+        self.restart()
 
 
 def show(args, state, codec, data, config, last):
