@@ -309,12 +309,14 @@ def draw_curves(panels, path):
         for y in ticks(y0, y1):
             pen.line([(px(x0), py(y)), (px(x1), py(y))], GREY)
             pen.text((px(x0) - 6, py(y)), f"{y:.10g}", INK, font, anchor="rm")
+        lasts = [curve[1][-1] for curve in curves.values() if curve[1]]
+        legend = H - bottom - 10 - 18 * len(curves) if min(lasts) > (y0 + y1) / 2 else top + 10
         for i, (name, curve) in enumerate(curves.items()):
             colour = COLOURS[i % len(COLOURS)]
             points = [(x, y) for x, y in zip(*curve) if math.isfinite(x) and math.isfinite(y)]
             pen.line([(px(x), py(min(max(y, y0), y1))) for x, y in points], colour, 2)
             if len(curves) > 1:
-                pen.text((p * W + W - right - 8, top + 10 + 18 * i), name, colour, font, anchor="rt")
+                pen.text((p * W + W - right - 8, legend + 18 * i), name, colour, font, anchor="rt")
         pen.text((p * W + W // 2, 12), title, INK, ImageFont.load_default(16), anchor="mt")
         pen.text((p * W + W // 2, H - 8), x_label, INK, font, anchor="mb")
     write_atomically(path, sheet.save)
