@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import tracemalloc
-import urllib.request
 import zipfile
 import zlib
 from contextlib import contextmanager
@@ -161,15 +160,15 @@ def test_jit_and_dit_give_the_published_outputs(network, config, norm, step, val
 
 @torch.no_grad()
 def test_vavae_gives_the_recorded_outputs():
-    """Recorded from this network on the day it agreed with the published VA-VAE to 2e-6 on other inputs."""
-    net = fill(model.Autoencoder())
-    assert digest(net) == 1982465131
+    """Recorded, for smaller widths, from a network that agreed with the published VA-VAE to 2e-6."""
+    assert digest(model.Autoencoder()) == 1982465131
+    net = fill(model.Autoencoder(widths=(32, 32, 64, 64, 128)))
     mean, logvar = net.encode(normal("image", 1, 3, 32, 32).clamp(-1, 1))
+    decoded = net.decode(normal("latent", 1, 32, 2, 2))
     for ours, step, theirs in (
-            (mean, 21, [-1.0745137, 0.0772690, 0.1852882, 0.0853687, 0.1466803, 0.8969275, -0.2936863]),
-            (logvar, 21, [0.5578808, -0.1124427, 0.0686487, 0.2051294, 0.5207110, -0.7133107, 0.2566133]),
-            (net.decode(normal("latent", 1, 32, 2, 2)), 512, [
-                0.0819790, 0.0125354, 0.0633307, 0.3859310, 0.0738646, -0.3686411])):
+            (mean, 21, [-0.6117827, 0.0519157, -0.3235235, -0.3613891, -0.5173731, 0.2138819, -0.0047993]),
+            (logvar, 21, [-0.2333690, 0.5852250, -0.2726730, -0.1882787, 0.2563668, 0.3818888, -0.2070874]),
+            (decoded, 512, [-0.0909988, -0.0762513, 0.4537423, 0.1829014, 0.3043323, 0.1066596])):
         assert error(ours.flatten()[::step], torch.tensor(theirs)) < 5e-6
 
 
@@ -189,6 +188,7 @@ def test_networks_agree_with_plain_formulas(network, config, change):
 
 @pytest.mark.parametrize("name, shape, params, gflops, keys", [
     ("JiT-B/16", (3, 256, 256), 131, 25, 1938688673), ("JiT-B/32", (3, 512, 512), 133, 26, None),
+    ("JiT-L/16", (3, 256, 256), 459, 88, None), ("JiT-H/16", (3, 256, 256), 953, 182, None),
     ("LightningDiT-XL/1", (32, 16, 16), 675, 119, 625017063)])
 def test_published_sizes_have_the_published_params_gflops_and_keys(name, shape, params, gflops, keys):
     """The papers' tables (millions; billions of multiply-adds for one image), the files' keys and shapes."""
@@ -308,7 +308,7 @@ def test_wrong_sizes_and_names_are_refused_in_one_line():
     for name, size, how, message in (
             ("JiT-B/16", 250, {}, "^image_size 250 is not a multiple of patch_size 16: try 256$"),
             ("JiT-demo/8", 32, dict(context_start=4), "^context_start 4 lies behind the last block: try 3$"),
-            *[(name, 256, {}, name + ".*JiT-B/16.*LightningDiT-XL/1") for name in ("JiT-X/16", "JiT-B", "JiT-B/0")]):
+            *[(name, 256, {}, name + ".*JiT-B/16.*LightningDiT-XL/1") for name in ("JiT-X/16", "JiT-B/0")]):
         with pytest.raises(ValueError, match=message):
             model.build(name, size, 10, **how)
 
@@ -475,7 +475,7 @@ def test_objective_py_prints_theory_beside_measurement(monkeypatch, capsys):
     for (D, d, learned, of_theorem, loss, of_eq_12), v in zip(rows, seen):
         k = 64 / (64 + d)                                                     # Eq. (12), its integrals done
         expected = d * (k ** 2 + (1 - k) ** 2 - 1.5 * (k - 0.5) ** 2) + (64 - d) * (1 - k) ** 2 / 4
-        assert len(v) == D and of_eq_12 == pytest.approx(expected, abs=1e-3)
+        assert len(v) == D and optimal_k(d, D) == k and of_eq_12 == pytest.approx(expected, abs=1e-3)
         assert (learned, of_theorem, loss) == pytest.approx((k, k, expected), abs=0.03, rel=0.06)
     best = [float(words[-1]) for words in numbers if words and words[0] in ("u-loss,", "v-loss,")]
     assert best == pytest.approx([2 / 3, 1.0, 0.543, 0.995], abs=2e-3)
@@ -1286,8 +1286,8 @@ def test_short_demo_raises_k_and_writes_its_files(call, tmp_path, monkeypatch):
     assert " s a step here " in call(*TINY, "--dry_run", "--out", tmp_path / "none")
     labels, draw = [], sample.sample_all
     monkeypatch.setattr(train, "sample_all", lambda *a, **how: labels.append(a[3]) or draw(*a, **how))
-    said = call("train.py", *"--steps 40 --batch_size 32 --samples 16 --sample_steps 2 --sample_every 20".split(),
-                "--out", tmp_path)
+    flags = "--steps 40 --batch_size 32 --samples 16 --sample_steps 2 --sample_every 20"
+    said = call("train.py", *flags.split(), "--out", tmp_path)
     assert labels == [sorted([*range(8)] * 2)] * 2
     steps, ks = read_log(tmp_path, "k")
     assert steps == [20, 40] and ks[1] > 0.6 and "samples.png" in said and "done in 0:" in said
@@ -1356,7 +1356,7 @@ def test_init_with_other_classes_starts_the_table_of_labels_anew(call, tmp_path)
     source = load(ckpt).kdiff.state_dict()
     words = (*TINY, *"--batch_size 2 --steps 1 --lr 0 --init".split(), ckpt, "--out")
     for more, told, anew in (
-            (("--data", tmp_path / "data", "--preset", "demo"), "knows 8 classes, these data have 2: the table of",
+            (("--data", tmp_path / "data", "--preset", "demo"), "knows 8 classes, these data have 2: the table",
              "net.y_embedder.embedding_table.weight"),
             (("--target", "time"), "predicts k, this run time", "w")):
         said = call(*words, tmp_path / anew, *more)
@@ -1923,7 +1923,7 @@ def test_errors_are_explained_in_one_line(monkeypatch, capsys):
     for error, said in (
             (FileNotFoundError(2, "No such file", "a.csv"), "a.csv: No such file"),
             (torch.cuda.OutOfMemoryError("CUDA"), "out of GPU memory: try half"),
-            (data.FileError("Caught FileError in worker.\nThen\ndata.FileError: a: b Error: c"), "a: b Error: c"),
+            (data.FileError("Caught FileError\nThen\ndata.FileError: a: b Error: c"), "a: b Error: c"),
             (UserError("a: not whole (KeyError: b)"), "a: not whole (KeyError: b)"),
             (RuntimeError("DataLoader worker (pid 3) is killed by signal"), "a loading process died"),
             (ConnectionResetError(104, "reset by peer"), "a loading process died")):
