@@ -1249,7 +1249,7 @@ def test_demo_in_latents_whitens_them(call, tmp_path):
     """The patches' components of the shapes, of mean 0 and std 1; the checkpoint holds what decodes them."""
     call(*TINY[:-2], "--space", "latent", "--steps", 1, "--out", tmp_path)
     it, shapes = load(tmp_path / "ckpt.pt"), Shapes(6400, 32)
-    images = torch.stack([shapes[i][0] for i in range(0, 6400, 50)])
+    images = torch.stack([shapes[i][0] for i in range(0, 6400, 49)])
     x = it.codec.encode(images)
     assert it.shape == tuple(x.shape[1:]) == (16, 4, 4)
     assert x.mean((0, 2, 3)).abs().max() < 0.2 and (x.std((0, 2, 3)) - 1).abs().max() < 0.2
@@ -1305,16 +1305,26 @@ def test_short_demo_raises_k_and_writes_its_files(call, tmp_path, monkeypatch):
     assert "column 'q'" in call("sample.py", tmp_path, "--plot", "q", status=2)
 
 
-@pytest.mark.parametrize("target, columns", [("two", ("k1", "k2", "k")), ("time", ("k",))])
-def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, target, columns):
-    """k1 and k2 and what k they are; k(t) in a picture of its own."""
+@pytest.mark.parametrize("target, columns", [
+    ("two", ("k1", "k2", "k")), ("time", ("k",)), ("channel", ("k", "k_min", "k_max"))])
+def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatch, target, columns):
+    """k1 and k2 and what k they are; k(t) in a picture; a k for each principal component of the patches."""
+    monkeypatch.setattr(train, "some_items", lambda images, n=400: data.some_items(images, min(n, 400)))
     said = call(*TINY, "--target", target, "--steps", 3, "--out", tmp_path)
     logged = [read_log(tmp_path, column)[1][-1] for column in columns]
     ks = load(tmp_path / "ckpt.pt", ema="none").kdiff.ks()
     assert logged[:len(ks)] == pytest.approx([k.item() for k in ks.values()], abs=2e-6) and logged[0] != 0.5
-    assert logged[-1] == pytest.approx(logged[0] / (logged[0] + logged[1]) if target == "two" else logged[0])
+    assert target != "two" or logged[2] == pytest.approx(logged[0] / (logged[0] + logged[1]))
     assert f"| {columns[0]} {logged[0]:.3f} |" in said
     assert (tmp_path / "k_of_t.png").exists() == (target == "time")
+    if target == "channel":
+        with open(tmp_path / "k_of_channel.csv", newline="") as file:
+            rows = [(int(row["channel"]), float(row["variance"]), float(row["k"])) for row in csv.DictReader(file)]
+        images = torch.stack([Shapes(6400, 32)[i][0] for i in range(0, 6400, 15)]).float() / 127.5 - 1
+        total = F.pixel_unshuffle(images, 8).var((0, 2, 3)).sum().item()      # no basis changes it
+        assert [row[0] for row in rows] == list(range(192)) and rows[0][1] > 100 * rows[50][1]
+        assert sum(row[1] for row in rows) == pytest.approx(total, rel=0.1)
+        assert min(row[2] for row in rows) == pytest.approx(logged[1], abs=1e-5)
 
 
 def test_samples_are_measured_once(call, tmp_path, monkeypatch):
