@@ -1310,7 +1310,7 @@ def test_short_demo_raises_k_and_writes_its_files(call, tmp_path, monkeypatch):
 def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatch, target, columns):
     """k1 and k2 and what k they are; k(t) in a picture; a k for each principal component of the patches."""
     monkeypatch.setattr(train, "some_items", lambda images, n=400: data.some_items(images, min(n, 400)))
-    said = call(*TINY, "--target", target, "--steps", 3, "--out", tmp_path)
+    said = call(*TINY, "--image_size", 16, "--target", target, "--steps", 3, "--out", tmp_path)
     logged = [read_log(tmp_path, column)[1][-1] for column in columns]
     ks = load(tmp_path / "ckpt.pt", ema="none").kdiff.ks()
     assert logged[:len(ks)] == pytest.approx([k.item() for k in ks.values()], abs=2e-6) and logged[0] != 0.5
@@ -1319,8 +1319,10 @@ def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatc
     assert (tmp_path / "k_of_t.png").exists() == (target == "time")
     if target == "channel":
         with open(tmp_path / "k_of_channel.csv", newline="") as file:
-            rows = [(int(row["channel"]), float(row["variance"]), float(row["k"])) for row in csv.DictReader(file)]
-        images = torch.stack([Shapes(6400, 32)[i][0] for i in range(0, 6400, 15)]).float() / 127.5 - 1
+            rows = [tuple(float(row[name]) for name in ("channel", "variance", "k"))
+                    for row in csv.DictReader(file)]
+        shapes = Shapes(6400, 16)
+        images = torch.stack([shapes[i][0] for i in range(0, 6400, 15)]).float() / 127.5 - 1
         total = F.pixel_unshuffle(images, 8).var((0, 2, 3)).sum().item()      # no basis changes it
         assert [row[0] for row in rows] == list(range(192)) and rows[0][1] > 100 * rows[50][1]
         assert sum(row[1] for row in rows) == pytest.approx(total, rel=0.1)
