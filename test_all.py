@@ -1324,7 +1324,7 @@ def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatc
         shapes = Shapes(6400, 16)
         images = torch.stack([shapes[i][0] for i in range(0, 6400, 15)]).float() / 127.5 - 1
         total = F.pixel_unshuffle(images, 8).var((0, 2, 3)).sum().item()      # no basis changes it
-        assert [row[0] for row in rows] == list(range(192)) and rows[0][1] > 100 * rows[50][1]
+        assert [row[0] for row in rows] == list(range(192)) and rows[0][1] > 20 * rows[50][1]
         assert sum(row[1] for row in rows) == pytest.approx(total, rel=0.1)
         assert min(row[2] for row in rows) == pytest.approx(logged[1], abs=1e-5)
 
