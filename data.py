@@ -786,8 +786,8 @@ def run(main):
 
 def end_workers():
     """Kill this process's loading processes: they ignore SIGTERM (see train.py), and one may hold a lock."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)                 # torch's handler would raise
     for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # torch's handler would raise
         worker.kill()
 
 
