@@ -759,7 +759,7 @@ def explain(error):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
-    if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):   # met first by either
+    if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
         return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
     if WORLD > 1 and (isinstance(error, dist.DistError) or "onnection " in str(error)):      # closed or reset
         return f"process {RANK} lost the others; the first error above says why"

@@ -137,8 +137,7 @@ class Transformer(nn.Module):
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: "
                              f"try {-(-image_size // patch_size) * patch_size}")
         if context_tokens and context_start >= depth:
-            raise ValueError(f"context_start {context_start} lies behind the last of {depth} blocks: "
-                             f"try {depth - 1}")
+            raise ValueError(f"context_start {context_start} lies behind the last block: try {depth - 1}")
         self.patch_size, self.side, self.checkpointing = patch_size, image_size // patch_size, False
         self.in_channels = in_channels
         self.context_start = context_start if context_tokens else None
@@ -196,10 +195,8 @@ class Transformer(nn.Module):
 
 
 class JiT(Transformer):
-    """Just image Transformer: large patches of pixels through a bottleneck, class tokens in front.
-
-    `dropout` acts in the middle half of the blocks, the class tokens enter before block `context_start`.
-    """
+    """Just image Transformer: large patches of pixels through a bottleneck, q and k normalised, class tokens
+    in front from block `context_start` on; `dropout` acts in the middle half of the blocks."""
 
     def __init__(self, *, patch_size, in_channels=3, dim, bottleneck, **config):
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, qk_norm=True, **config)
@@ -267,7 +264,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t):
         exact = torch.float32 if t.device.type == "mps" else torch.float64       # which Apple's GPUs lack
         w1, b1, w2, b2 = (p.to(exact) for p in self.mlp.parameters())
-        i = torch.arange(128, device=t.device)
+        i = torch.arange(128, device=t.device, dtype=exact)
         a = t.to(exact)[:, None] * torch.exp(-math.log(10000) * i / 128)
         x = F.linear(torch.cat([a.cos(), a.sin()], dim=1), w1, b1)
         return F.linear(F.silu(x), w2, b2).float()
