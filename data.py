@@ -49,7 +49,6 @@ class Dataset(torch.utils.data.Dataset):
         flip = self.flips and epoch is not None and seed_of(self.seed, "flip", epoch, i) % 2 == 1
         return self.item(i, flip)
 
-
 class Shapes(Dataset):
     """n images of 8 shapes in one bright hue on a dark ground; item i, of class i % 8, is always the same.
 
@@ -83,7 +82,6 @@ class Shapes(Dataset):
         rgb = 0.06 + (colour[:, None, None] - 0.06) * inside
         return torch.from_numpy((rgb * 255 + 0.5).astype(np.uint8))
 
-
 def shape_distance(name, x, y):
     """Signed distance from (x, y) to the outline of a shape of radius about 1, negative inside."""
     r = np.hypot(x, y)
@@ -105,7 +103,6 @@ def shape_distance(name, x, y):
         level, slope = np.hypot(x / 1.1, y / 0.5), np.hypot(x / 1.1 ** 2, y / 0.5 ** 2)
         return level * (level - 1) / np.maximum(slope, 1e-9)
     return np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y))   # moon: a disc without another
-
 
 class Fashion(Dataset):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes in grey.
@@ -148,9 +145,7 @@ class Fashion(Dataset):
             write_atomically(cache / file, lambda temporary: temporary.write_bytes(packed))
         return np.frombuffer(content, np.uint8)
 
-
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
 
 def list_images(folder):
     """Images below a folder, sorted, links followed. UserError: no folder, no image, a link in a circle."""
@@ -165,7 +160,6 @@ def list_images(folder):
         found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
     need(found, f"{folder}: holds no images ({', '.join(IMAGES)}), in subfolders, one a class, or flat")
     return sorted(found)
-
 
 def read_image(path):
     """The file as an upright RGB image. FileError naming it where it cannot be read, whatever the reason."""
@@ -183,7 +177,6 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
 
-
 def crop(image, size):
     """ADM's preprocessing: halve by BOX while that leaves at least `size`, BICUBIC to `size`, centre crop."""
     while min(image.size) >= 2 * size:
@@ -193,11 +186,9 @@ def crop(image, size):
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-
 def to_tensor(image):
     """A PIL RGB image as a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
 
 class ImageFolder(Dataset):
     """Images below a folder, cropped to image_size. A first-level subfolder is a class; images beside them,
@@ -222,7 +213,6 @@ class ImageFolder(Dataset):
         image = to_tensor(crop(read_image(path), self.image_size))
         return (image.flip(-1) if flip else image), int(self.labels[i])
 
-
 def class_names(meta, labels, path):
     """The names of classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
     low, high = int(labels.min()), int(labels.max())
@@ -232,7 +222,6 @@ def class_names(meta, labels, path):
     need(low >= 0 and high < len(names),
          f"{path}: its labels, {low} to {high}, do not fit its {len(names)} classes")
     return names
-
 
 class Packed(Dataset):
     """An array made by `data.py pack`: records of uint8 image (3, H, W) and label, memory-mapped."""
@@ -252,13 +241,11 @@ class Packed(Dataset):
         image, label = self.records[i]
         return torch.from_numpy(image[..., ::-1].copy() if flip else np.array(image)), int(label)
 
-
 class Map(np.memmap):
     """A read-only array in a file; loading processes are sent its place, not its bytes, and open it anew."""
 
     def __reduce__(self):
         return Map, (self.filename, self.dtype, "r", self.offset, self.shape)
-
 
 def open_array(path):
     """A .npy file as a Map; FileError where it is damaged."""
@@ -269,7 +256,6 @@ def open_array(path):
         if array.offset + array.nbytes != os.path.getsize(path):
             raise ValueError("its size is not what its header says")
         return array.view(Map)
-
 
 def open_safetensors(path):
     """{name: Map} of a .safetensors file; FileError for anything that is not whole."""
@@ -291,7 +277,6 @@ def open_safetensors(path):
                 else np.empty(shape, dtype)
     return arrays
 
-
 def read_json(path):
     """A JSON file's content, a dict; FileError where it is damaged."""
     with readable(path, "readable JSON"):
@@ -299,7 +284,6 @@ def read_json(path):
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content
-
 
 def read_tensors(path, mmap=False):
     """A torch file read as data: nothing in it is executed. FileError where it is damaged or holds more.
@@ -312,7 +296,6 @@ def read_tensors(path, mmap=False):
                   reason="no such file" if missing else "damaged, or not plain tensors"):
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
 
 class Latents(Dataset):
     """Latents made by `data.py encode`, or LightningDiT's published shards; .mean and .std are (1, C, 1, 1).
@@ -353,7 +336,6 @@ class Latents(Dataset):
         latent = part["latents_flip" if flip else "latents"][i]
         return torch.from_numpy(np.array(latent)), int(part["labels"][i])
 
-
 def open_dataset(source, image_size, folder=None):
     """What --data names: built-in, a folder of images or latents, a packed array. UserError for others."""
     path = Path(source)
@@ -369,7 +351,6 @@ def open_dataset(source, image_size, folder=None):
     need(data.image_size == image_size, f"{path}: packed at {data.image_size} px: "
          f"pass --image_size {data.image_size} or pack again")
     return data
-
 
 class Order:
     """The order of training: one permutation after another, batch n is positions [n B, (n+1) B) of them all.
@@ -392,12 +373,10 @@ class Order:
             positions = range(first, first + self.share)
             yield [(p // self.n, int(permutation(p // self.n)[p % self.n])) for p in positions]
 
-
 def some_items(data, n=4096):
     """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all data, always the same."""
     n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
     return torch.stack([data[i][0] for _, i in next(iter(Order(len(data), n, 0, 0, 1)))])
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> (N, channels, H/factor, W/factor), .decode back
@@ -433,7 +412,6 @@ class PatchPCA(nn.Module):
         patches = F.conv2d(latents, self.basis[..., None, None]) + self.mean[:, None, None]
         return F.pixel_shuffle(patches, self.factor)
 
-
 class VAVAE(Autoencoder):
     """VA-VAE f16d32, untrained or from the published file. In bfloat16 too it takes and gives float32."""
     factor, channels = 16, 32
@@ -461,7 +439,6 @@ class VAVAE(Autoencoder):
     def decode(self, latents):
         """Images (N, 3, H, W), about in [-1, 1], of latents (N, 32, H/16, W/16)."""
         return super().decode(latents.to(self.quant_conv.weight.dtype)).float()
-
 
 class Codec(nn.Module):
     """Between what datasets hold and the network's x: the only place where images and latents are scaled.
@@ -491,7 +468,6 @@ class Codec(nn.Module):
         x = self.tokenizer.decode(x) if self.tokenizer else x
         return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Commands
 
@@ -516,14 +492,12 @@ class ArrayFile:
             file.seek(self.start + first * self.row)
             file.write(rows.tobytes())
 
-
 def read_in_batches(data, indices, batch_size):
     """Batches (tensor (n, ...), list of labels) of the items at indices, read by threads in order."""
     with ThreadPoolExecutor(THREADS) as pool:
         for i in range(0, len(indices), batch_size):
             images, labels = zip(*pool.map(data.__getitem__, indices[i:i + batch_size]))
             yield torch.stack(images), list(labels)
-
 
 def pack(source, image_size, out):
     """Write a folder's images, cropped to image_size, and labels as one array that can be memory-mapped."""
@@ -542,7 +516,6 @@ def pack(source, image_size, out):
     write_atomically(out, write)
     print0(f"wrote {out}: {len(data):,} images of {image_size} px in {len(data.classes)} classes; "
            f"train with --data {out}")
-
 
 @torch.no_grad()
 def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed=0):
@@ -582,7 +555,6 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
     print0(f"wrote {out}: {len(data):,} latents of {shape[1:]} and their mirror images; "
            f"train with --data {out}")
 
-
 def parse():
     """The command line of `pack` and `encode`."""
     parser = Parser(__doc__)
@@ -600,7 +572,6 @@ def parse():
     need(args.command == "pack" or args.tokenizer, "encode needs --tokenizer: VA-VAE weights file")
     return args
 
-
 def main():
     """`python data.py pack` and `python data.py encode`."""
     args = parse()
@@ -611,14 +582,12 @@ def main():
         tokenizer = VAVAE(args.tokenizer).to(getattr(torch, args.dtype))
         encode(args.source, tokenizer, args.image_size, args.out, args.batch_size, device)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Processes and device
 
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))      # set by torchrun
 THREADS = max(1, (os.cpu_count() or 1) // LOCAL_WORLD)    # of a process, to read or write images with
-
 
 def setup(device=None):
     """Join torchrun's processes, if any: (torch.device, rank, world). device: cuda where there is one."""
@@ -640,23 +609,19 @@ def setup(device=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, RANK, WORLD
 
-
 def barrier():
     """Wait for all processes; on the CPU, so that it needs no device."""
     if WORLD > 1 and dist.is_initialized():
         dist.all_reduce(torch.zeros(1))
-
 
 def print0(*args):
     """Print on the first process only."""
     if RANK == 0:
         print(*args, flush=True)
 
-
 def seed_of(*key):
     """A 63-bit seed from numbers and words, equal on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
 
 class Progress:
     """Called with what is done: a line of it, rate and time left, every 10 seconds and at the end."""
@@ -671,23 +636,19 @@ class Progress:
             left = timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))
             print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Errors: one line that names the flag or file, the value and the remedy, and exit status 2
 
 class UserError(ValueError):
     """Something the user can mend, met by all processes alike: the first of each machine prints it."""
 
-
 class FileError(UserError):
     """The same of a file, met perhaps by one process alone: whoever meets it prints it."""
-
 
 def need(ok, message):
     """UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
-
 
 @contextmanager
 def readable(path, what, reason=None, remedy=""):
@@ -697,7 +658,6 @@ def readable(path, what, reason=None, remedy=""):
     except Exception as error:
         raise FileError(f"{path}: not {what} ({reason or in_short(error)}){remedy}") from None
 
-
 @contextmanager
 def writable(path):
     """Within: an OSError, such as a full disk, becomes a FileError on path."""
@@ -706,12 +666,10 @@ def writable(path):
     except OSError as error:
         raise FileError(f"{path} could not be written: {error.strerror}") from None
 
-
 def in_short(error):
     """An error's text on one line, for the end of ours."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:150] or type(error).__name__
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, like every other error of ours."""
@@ -724,13 +682,11 @@ class Parser(argparse.ArgumentParser):
         """Raise a UserError where argparse would print its usage."""
         raise UserError(f"{message} (see --help)")
 
-
 def check_ranges(args, **least):
     """UserError for a flag of args below its least value, or not a number; flags that are None pass."""
     for name, low in least.items():
         value = getattr(args, name)
         need(value is None or value >= low, f"--{name} {value}: at least {low}")
-
 
 def write_atomically(path, write):
     """write(temporary path), then rename to path: a reader sees the old file or the new one, never half."""
@@ -749,7 +705,6 @@ def write_atomically(path, write):
         raise FileError(f"{path} could not be written, whatever it held before is intact: "
                         + in_short(error)) from None
 
-
 def explain(error):
     """One line for a UserError, or what is no bug of ours: a path, memory, a lost process. Else raises."""
     if isinstance(error, UserError):          # from a loading process it comes in a traceback: the last line
@@ -764,7 +719,6 @@ def explain(error):
     if WORLD > 1 and (isinstance(error, dist.DistError) or "onnection " in str(error)):      # closed or reset
         return f"process {RANK} lost the others; the first error above says why"
     raise error
-
 
 def run(main):
     """Call main(); a UserError ends the program with its one line and exit status 2, once under torchrun."""
@@ -783,13 +737,12 @@ def run(main):
     finally:
         end_workers()                                             # a traceback must not wait for them either
 
-
 def end_workers():
     """Kill this process's loading processes: they ignore SIGTERM (see train.py), and one may hold a lock."""
     for worker in multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)             # torch's handler would raise
+        if hasattr(signal, "SIGCHLD"):                            # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's handler would raise
         worker.kill()
-
 
 def leave(status):
     """End this process at once: it must not wait for its loading processes, nor for those it ran beside."""
@@ -798,7 +751,6 @@ def leave(status):
     end_workers()
     sys.stdout.flush()
     os._exit(status)
-
 
 if __name__ == "__main__":
     run(main)

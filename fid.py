@@ -28,7 +28,6 @@ from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, Parser, b
                   list_images, need, open_dataset, print0, Progress, read_image, read_json, read_tensors,
                   readable, run, setup, to_tensor, write_atomically)
 
-
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
 
@@ -53,7 +52,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         cross = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
     return float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
-
 def inception_score(logits, splits=10):
     """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean and std.
 
@@ -67,7 +65,6 @@ def inception_score(logits, splits=10):
         log_mean = log_p.logsumexp(0) - math.log(len(log_p))
         scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
-
 
 class Statistics:
     """Mean and covariance of features that arrive in batches and on several processes, in float64.
@@ -104,7 +101,6 @@ class Statistics:
         need(self.n > 1, f"{self.n} images have no covariance: 2 are needed, and 50,000 are usual")
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy(), self.n
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Features
 
@@ -121,7 +117,6 @@ def resize(x, size=299):
         x = (left + (right - left) * (source - low)).mT
     return x
 
-
 # Blocks concatenate branches, between bars: chains of pools and of convolutions, named as in the file, which
 # keep the image's size, but for "/s": stride s, no padding. "+" sets two side by side.
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
@@ -137,7 +132,6 @@ BLOCKS = {"Mixed_5b": A, "Mixed_5c": A, "Mixed_5d": A,
           "Mixed_7a": D, "Mixed_7b": E, "Mixed_7c": E.replace("average", "max")}
 POOLS = {"average": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
          "max": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
-
 
 class Inception(nn.Module):
     """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and bias-free logits (N, 1008).
@@ -184,7 +178,6 @@ class Inception(nn.Module):
         weight, bias = weight * gain[:, None, None, None], bias - mean * gain
         return F.conv2d(x, weight, bias, int(stride or 1), "valid" if stride else "same").relu_()
 
-
 class Pixels(nn.Module):
     """uint8 images (N, 3, H, W) to 16x16 area-averaged RGB in [0, 1], (N, 768), and None for the logits."""
     key, dim, sha256 = "pixel_distance", 768, None
@@ -192,12 +185,10 @@ class Pixels(nn.Module):
     def forward(self, images):
         return F.adaptive_avg_pool2d(images.float() / 255, 16).flatten(1), None
 
-
 EXTRACTORS = {"inception": Inception, "pixels": Pixels}
 WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"                       # sha256
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
-
 
 def make_extractor(features="inception", weights=None, device="cpu", any_weights=False):
     """Pixels, or Inception with the published weights, downloaded once a machine; UserError for others."""
@@ -214,12 +205,10 @@ def make_extractor(features="inception", weights=None, device="cpu", any_weights
          f"{network.sha256}; --any_weights takes them for a number that compares with nothing")
     return network.to(device)
 
-
 def sha256(path):
     """The file's hash, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation: of samples as they come, and of files
@@ -249,7 +238,6 @@ def evaluate(batches, extractor, reference, device="cpu"):
         result["is_mean"], result["is_std"] = inception_score(table.cpu())
     return result
 
-
 def show(result, reference, weights=None, settings=None):
     """Print a result of evaluate() with what made it; weights: their sha256, settings: of the samples."""
     if "fid" in result:
@@ -264,7 +252,6 @@ def show(result, reference, weights=None, settings=None):
            f"| sha256 {sha256(reference.path)}" if RANK == 0 and Path(reference.path).is_file() else "")
     if weights:
         print0(f"weights: sha256 {weights}", "" if weights == WEIGHTS else "(WARNING: not FID's own)")
-
 
 class Source(NamedTuple):
     """Images of one size on disk, or their statistics: published files tell mu and sigma alone."""
@@ -286,7 +273,6 @@ class Source(NamedTuple):
             yield self.read(i, j), i
             progress(j)
 
-
 def open_images(path, names, item):
     """The Source of item(i), uint8 (3, H, W), read by threads. UserError for latents, and for two sizes."""
     first, settings, pool = item(0), Path(path, "settings.json"), ThreadPoolExecutor(THREADS)
@@ -301,7 +287,6 @@ def open_images(path, names, item):
         return torch.stack(images)
     return Source(path, len(names), tuple(first.shape[1:]), read=read,
                   settings=read_json(settings) if settings.exists() else None)
-
 
 def open_npz(path, features):
     """mu and sigma of an .npz, else the images in its arr_0, streamed, never held whole."""
@@ -336,7 +321,6 @@ def open_npz(path, features):
         settings = json.loads(member("settings").item()) if "settings" in names else None
         return Source(path, shape[0], shape[1:3], read=read, settings=settings)
 
-
 def open_source(path, features):
     """The Source in a folder (images are not cropped), an .npz or a packed .npy; UserError for all else."""
     if Path(path).is_dir():
@@ -347,13 +331,11 @@ def open_source(path, features):
     data = Packed(path)
     return open_images(path, range(len(data)), lambda i: data[i][0])
 
-
 def load_reference(path, features="inception"):
     """The statistics in an .npz, published or of --make_ref. UserError for other features, and for images."""
     reference = open_source(path, features)
     need(not reference.read, f"{path}: images; make their statistics by `python fid.py --make_ref`")
     return reference
-
 
 def parse():
     """The command line."""
@@ -374,7 +356,6 @@ def parse():
     need(args.image_size and (args.out or "").endswith(".npz") if args.make_ref else args.reference,
          "give SAMPLES and REF, or --make_ref DATA --image_size PIXELS --out FILE.npz")
     return args
-
 
 def main():
     """Measure samples against a reference, or write one."""
@@ -405,7 +386,6 @@ def main():
     if RANK == 0:
         write_atomically(args.out, lambda path: np.savez(path, weights=extractor.sha256 or "", **made))
     print0(f"wrote {args.out}: {args.features} features of {n:,} images of {size} px")
-
 
 if __name__ == "__main__":
     run(main)

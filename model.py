@@ -32,12 +32,10 @@ class RMSNorm(nn.Module):
         x = F.rms_norm(x.float(), self.weight.shape, eps=1e-6)
         return torch.addcmul(shift, x, self.weight * (1 + scale.float()))
 
-
 def rotate(x, rope):
     """Turn neighbouring channels of x (N, T, heads, h): (a, b) -> (a cos - b sin, b cos + a sin)."""
     x = x.unflatten(-1, (-1, 2))                                   # (N, T, heads, h / 2, 2)
     return torch.addcmul(x * rope[0], x.flip(-1), rope[1]).flatten(-2)
-
 
 class Attention(nn.Module):
     """Softmax attention with rotary positions and, where asked, normalised queries and keys."""
@@ -60,7 +58,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
         return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))         # (N, T, D)
 
-
 class SwiGLU(nn.Module):
     """The gated MLP: w3(silu(w1 x) * w2 x), where w12 holds the rows of w1, then of w2."""
 
@@ -82,7 +79,6 @@ class SwiGLU(nn.Module):
             gate, x = (F.linear(x, *half) for half in zip(w.chunk(2), b.chunk(2)))
         return self.w3(self.dropout(F.silu(gate) * x))             # (N, T, D)
 
-
 class Block(nn.Module):
     """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate.
 
@@ -103,11 +99,9 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))[:, drop:]
         return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
 
-
 def named(**modules):
     """A Sequential whose parts have these names, as the published keys do."""
     return nn.Sequential(OrderedDict(modules))
-
 
 class FinalLayer(nn.Module):
     """The stream, normalised and modulated once more, to the values of a patch: (N, T, p p C)."""
@@ -121,7 +115,6 @@ class FinalLayer(nn.Module):
     def forward(self, x, condition):
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
-
 
 class Transformer(nn.Module):
     """What JiT and DiT share: everything but x_embedder, which makes a token of each patch.
@@ -193,7 +186,6 @@ class Transformer(nn.Module):
         for part in (*self.blocks, self.final_layer):
             part.compile(**how)
 
-
 class JiT(Transformer):
     """Just image Transformer: large patches of pixels through a bottleneck, q and k normalised, class tokens
     in front from block `context_start` on; `dropout` acts in the middle half of the blocks."""
@@ -205,7 +197,6 @@ class JiT(Transformer):
             proj2=nn.Conv2d(bottleneck, dim, 1))
         self.initialize()
 
-
 class DiT(Transformer):
     """LightningDiT: image_size is the side of the latent."""
 
@@ -216,7 +207,6 @@ class DiT(Transformer):
         for name, table in zip(("freqs_cos", "freqs_sin"), rotary_positions(self.side, dim // heads)):
             self.feat_rope.register_buffer(name, table)
         self.initialize()
-
 
 # Columns: D, depth, heads; JiT alone: bottleneck, in-context tokens and the block they enter before
 SIZES = {
@@ -237,7 +227,6 @@ COLUMNS = "dim", "depth", "heads", "bottleneck", "context_tokens", "context_star
 NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-demo/8 LightningDiT-B/1 LightningDiT-B/2 "
          "LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 LightningDiT-demo/1").split()
 
-
 def build(name, image_size, num_classes, in_channels=None, **overrides):
     """Network NAME/PATCH; image_size in pixels for JiT, in latents for the others. ValueError if unknown."""
     size, _, patch = name.partition("/")
@@ -248,7 +237,6 @@ def build(name, image_size, num_classes, in_channels=None, **overrides):
     config = dict(zip(COLUMNS, SIZES[size]), patch_size=int(patch))
     return network(image_size=image_size, num_classes=num_classes, in_channels=in_channels or channels,
                    **config | overrides)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Time and positions
@@ -269,19 +257,16 @@ class TimeEmbedding(nn.Module):
         x = F.linear(torch.cat([a.cos(), a.sin()], dim=1), w1, b1)
         return F.linear(F.silu(x), w2, b2).float()
 
-
 def angles(side, n):
     """Row and column of each token, read row by row, at n frequencies from 1 down to 1/10000: two (T, n)."""
     i, place = torch.arange(n, dtype=torch.float64), torch.arange(side, dtype=torch.float64)
     a = place[:, None] * 10000.0 ** (-i / n)                       # (side, n)
     return a.repeat_interleave(side, dim=0), a.repeat(side, 1)
 
-
 def sincos_positions(side, dim):
     """The fixed table (1, T, D) added to the tokens: first half of D the column, second half the row."""
     row, column = angles(side, dim // 4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()[None]
-
 
 def rotary_positions(side, dim, prefix=0):
     """cos and sin (prefix + T, h) of 2-D RoPE, the first `prefix` of angle 0: the first half of a head turns
@@ -290,17 +275,14 @@ def rotary_positions(side, dim, prefix=0):
     a = F.pad(a, (0, 0, prefix, 0))
     return a.cos().float(), a.sin().float()
 
-
 # ------------------------------------------------------------------------------------------------------------
 # VA-VAE f16d32, a KL autoencoder of the latent-diffusion family
 
 def conv(width_in, width, size=3):
     return nn.Conv2d(width_in, width, size, padding=size // 2)
 
-
 def norm(width):
     return nn.GroupNorm(32, width, eps=1e-6)
-
 
 class ResidualBlock(nn.Module):
     """Twice GroupNorm, swish, convolution; a 1x1 shortcut where the width changes."""
@@ -314,7 +296,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(y)))
-
 
 class SpatialAttention(nn.Module):
     """One head over all positions of a feature map."""
@@ -330,7 +311,6 @@ class SpatialAttention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(y[:, 0].mT.unflatten(2, x.shape[2:]))
 
-
 class Level(nn.Module):
     """One resolution: residual blocks, each followed by attention where asked, then the way to the next."""
 
@@ -344,7 +324,6 @@ class Level(nn.Module):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         return self.upsample(self.downsample(x))
-
 
 class Autoencoder(nn.Module):
     """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], multiples of 16 <-> latents (N, 32, H/16, W/16)."""
@@ -378,7 +357,6 @@ class Autoencoder(nn.Module):
     def decode(self, z):
         return self.decoder(self.post_quant_conv(z))
 
-
 # ------------------------------------------------------------------------------------------------------------
 # What the sizes cost
 
@@ -388,7 +366,6 @@ def gmacs(net, shape):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), next(net.parameters()).device:
         net(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     return counter.get_total_flops() / 2e9
-
 
 def main():
     print(f"{'name':20} {'input':>10} {'params':>8}   Gflops (multiply-adds)")
@@ -400,7 +377,6 @@ def main():
             net = build(name, shape[1], num_classes=1000)
         params = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{name:20} {'x'.join(map(str, shape)):>10} {params:7.1f}M {gmacs(net, shape):8.2f}")
-
 
 if __name__ == "__main__":
     main()

@@ -17,13 +17,11 @@ from torch import nn
 BINS = 128                            # of the time-dependent k; a learnable w stands at each end point
 STRONGEST = 8                         # components whose noise target "asym" predicts
 
-
 def k_of_t(w, t):
     """k(t): linear interpolation of sigmoid(w), w (BINS + 1,), at times t in [0, 1] of any shape (App. E)."""
     k, position = torch.sigmoid(w), t * BINS
     left = position.long().clamp(0, BINS - 1)
     return torch.lerp(k[left], k[left + 1], position - left)
-
 
 # The target u = c x + d e: shape of the learnable w, "C" for one number a channel, and (c, d) from w and t.
 # k slides from noise (0) through velocity (0.5) to data (1): u = k x - (1-k) e, Eq. (13). A row is a target.
@@ -42,7 +40,6 @@ TARGETS = {
 }
 LOSSES = ("v", "u", "x", "eps")
 
-
 def fixed_k(target):
     """The number in [0, 1] that a target is (or spells), else None."""
     try:
@@ -50,12 +47,10 @@ def fixed_k(target):
     except (TypeError, ValueError):
         return None
 
-
 def error_scale(loss, c, d, t, tau):
     """The factor from the error u^ - u to the error in v, u, x or eps (Eqs. 21-26); like t in shape."""
     delta = (c * (1 - t) - d * t).clamp(min=tau)        # the one clamp, shared with the sampler (Table 4)
     return {"v": 1.0, "u": delta, "x": (1 - t).clamp(min=tau), "eps": t.clamp(min=tau)}[loss] / delta
-
 
 def seeded_normal(shape, seeds, device):
     """Standard normal (N, *shape) float32, row n drawn from the integer seeds[n], whatever the batch."""
@@ -64,7 +59,6 @@ def seeded_normal(shape, seeds, device):
     for row, seed in zip(rows, seeds):
         row.normal_(generator=generator.manual_seed(seed))
     return rows
-
 
 class KDiff(nn.Module):
     """A network with its target, its velocity and its loss.
@@ -142,14 +136,12 @@ class KDiff(nn.Module):
         least = {"k_min": k.min(), "k_max": k.max()} if self.target == "channel" else {}
         return {"k1": c.mean(), "k2": -d.mean()} if self.target == "two" else {"k": k.mean()} | least
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Theory (Sec. 3). Data x = P s fills d of D dimensions; one linear layer u^ = W z serves every t.
 
 def optimal_k(d, D):
     """Theorem 3.2: the k whose optimal u-loss is least, for d-dimensional data in D dimensions, t uniform."""
     return D / (D + d)                                                            # Eq. (14)
-
 
 def k_of_direction(variance):
     """The k of a direction whose data have this variance in units of the noise's: the theorem, one axis each.
@@ -159,7 +151,6 @@ def k_of_direction(variance):
     over D axes with one common k the slope vanishes at D / (D + trace S): Theorem 3.2 with trace S for d.
     """
     return 1 / (1 + variance)
-
 
 def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
     """The k (C,) that leaves a network least to do in each channel of data x (N, C, H, W), under the v-loss.
@@ -183,12 +174,10 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
         k = (k + 1 / (1 + (r * t / cube).mean(0) / ((1 - t) / cube).mean(0))) / 2
     return k[0]
 
-
 def logit_normal(mean, std):
     """The density p(t) of t = sigmoid(N(mean, std)), as a function of t in (0, 1)."""
     scale = std * math.sqrt(2 * math.pi)
     return lambda t: (-((torch.logit(t) - mean) / std) ** 2 / 2).exp() / (scale * t * (1 - t))
-
 
 def _brackets(c, d, loss, density, tau, points=20_000):
     """<ac+bd>, <a^2+b^2>, <bd>, <b^2>, <c^2+d^2>, <d^2> by midpoint rule: <f> = int f weight(t) p(t) dt."""
@@ -200,12 +189,10 @@ def _brackets(c, d, loss, density, tau, points=20_000):
     mean = lambda f: (f * weight * p).mean().item()
     return mean(a*c + b*d), mean(a*a + b*b), mean(b*d), mean(b*b), mean(c*c + d*d), mean(d*d)
 
-
 def equilibrium(c, d, loss="u", density=None, tau=0.0):
     """Eq. (11): the weights (W_par, W_perp) at which training comes to rest. Arguments as in optimal_loss."""
     ac_bd, aa_bb, bd, bb, _, _ = _brackets(c, d, loss, density, tau)
     return ac_bd / aa_bb, bd / bb
-
 
 def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0):
     """Eq. (12): the least summed loss of a linear layer, for dim-dimensional data in ambient_dim dimensions.
@@ -215,7 +202,6 @@ def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0):
     """
     ac_bd, aa_bb, bd, bb, cc_dd, dd = _brackets(c, d, loss, density, tau)
     return dim * (cc_dd - ac_bd ** 2 / aa_bb) + (ambient_dim - dim) * (dd - bd ** 2 / bb)
-
 
 class Linear(nn.Module):
     """Eq. (2): u^ = W z for all t, as a network that KDiff can train; W (D, D) starts at 0."""
@@ -227,7 +213,6 @@ class Linear(nn.Module):
     def forward(self, z, t, y):
         """u^ like z (N, D, 1, 1); t and y play no part."""
         return (z.flatten(1) @ self.W.T).view_as(z)
-
 
 def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0, watch=None):
     """Train the linear layer and its target by gradient descent on the u-loss, t uniform.
@@ -258,11 +243,9 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
         losses.append(loss.item() * D)
     return kdiff, sum(losses[-steps // 4:]) / len(losses[-steps // 4:])
 
-
 def plane(d, D):
     """The variances of white data on a d-dimensional plane in D dimensions."""
     return [1.0] * d + [0.0] * (D - d)
-
 
 def main():
     """Check the theorems by gradient descent and print theory beside measurement."""
@@ -303,7 +286,6 @@ def main():
           "the target matters\nonly through what a network of finite width and training can do.")
     print("\nThe networks of this repository learn k under the v-loss: do not read a dimension off their k.")
     print(f"({time.time() - start:.0f} s)")
-
 
 if __name__ == "__main__":
     main()

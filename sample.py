@@ -35,7 +35,6 @@ PUBLISHED = {
     "LightningDiT": dict(space="latent", target="v", tau=0.0, cfg=1.5, interval=(0.1, 1.0)),
 }
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Guidance and solvers (Alg. 2)
 
@@ -58,7 +57,6 @@ def guided(kdiff, y, scale, interval):
         return v_null + scale * (v - v_null)
     return velocity
 
-
 def integrate(velocity, z, steps=50, solver="heun", watch=lambda z: None):
     """Solve dz/dt = velocity(z, t) from t = 0 to 1 in equal steps; "euler", or "heun" with Euler's last.
 
@@ -73,18 +71,15 @@ def integrate(velocity, z, steps=50, solver="heun", watch=lambda z: None):
         z = z + (t_next - t) * v
     return z
 
-
 def precision(device, dtype=None):
     """The dtype of autocast: as asked, or "bfloat16" on GPUs that have it in hardware, else "float32"."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype or ("bfloat16" if bf16 else "float32")
 
-
 def autocast(device, dtype=None):
     """A context in which matrix products run at that precision; for float32 it does nothing."""
     bf16 = precision(device, dtype) == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-
 
 def compile_network(net):
     """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
@@ -93,7 +88,6 @@ def compile_network(net):
         net.compile(dynamic=False)
     except Exception as error:                        # no Triton or C++ compiler, or a GPU too old
         print0(f"not compiled, which is impossible here: {in_short(error)}")
-
 
 @torch.no_grad()
 def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype=None, seed=0, **solve):
@@ -107,13 +101,11 @@ def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype=None, se
         x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, **solve)
     return codec.decode(x)
 
-
 def sample_all(kdiff, codec, shape, labels, batch_size, **how):
     """uint8 images (N,3,H,W) of all labels (list of N), made on this process alone."""
     return torch.cat([generate(kdiff, codec, shape, labels[i:i + batch_size],
                                range(i, min(i + batch_size, len(labels))), **how).cpu()
                       for i in range(0, len(labels), batch_size)])
-
 
 def generate_split(kdiff, codec, shape, classes, n, batch_size, **how):
     """This process's part of n samples, labels going round `classes`: (uint8 (b,3,H,W), labels, indices)."""
@@ -123,7 +115,6 @@ def generate_split(kdiff, codec, shape, classes, n, batch_size, **how):
         labels = [classes[j % len(classes)] for j in indices]
         yield generate(kdiff, codec, shape, labels, indices, **how), labels, indices
         progress(i + len(indices))
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
@@ -141,11 +132,9 @@ def assemble(config):
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
 
-
 def shape_of(config):
     """(C, H, W) of the network's x."""
     return config["in_channels"], config["net_size"], config["net_size"]
-
 
 def pack_codec(codec, tokenizer_file=None):
     """What a checkpoint keeps of a Codec: statistics, and the tokenizer's arrays or (VA-VAE) its file."""
@@ -153,14 +142,12 @@ def pack_codec(codec, tokenizer_file=None):
     return {"mean": codec.mean, "std": codec.std, "pca": pca and {"mean": pca.mean, "basis": pca.basis},
             "tokenizer": tokenizer_file}
 
-
 def unpack_codec(state, tokenizer_file=None):
     """The Codec of pack_codec's dict; tokenizer_file overrides where the VA-VAE weights lie."""
     known = state.get("tokenizer")
     file = tokenizer_file or (known if os.path.exists(known or "") else None)
     tokenizer = PatchPCA(**state["pca"]) if state.get("pca") else VAVAE(file) if file else None
     return Codec(tokenizer, state.get("mean"), state.get("std"))
-
 
 def published_config(weights, name):
     """The config of a published network from its weights; name None: the size whose shapes they have."""
@@ -178,7 +165,6 @@ def published_config(weights, name):
                 noise_scale=size / 256 if family == "JiT" else 1.0,
                 qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
 
-
 def published_weights(file, ema):
     """The flat weights of a published JiT or LightningDiT file, without prefixes, and the EMA's name."""
     names = {"0.9999": "model_ema1", "0.9996": "model_ema2"} if "model_ema1" in file else {"ema": "ema"}
@@ -188,7 +174,6 @@ def published_weights(file, ema):
     for prefix in ("module.", "_orig_mod.", "net."):
         weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights, ema
-
 
 def read_weights(path, ema=None, model=None):
     """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
@@ -205,7 +190,6 @@ def read_weights(path, ema=None, model=None):
         need(model in (None, config["model"]), f"--model {model}: it holds a {config['model']}")
         need(ema in file["ema"] or ema == "none", f"--ema {ema}: it has {', '.join(file['ema'])} or none")
         return config, file["model"] if ema == "none" else file["ema"][ema], state, file["step"], ema
-
 
 def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     """Open a checkpoint of ours or a published one, ready to sample.
@@ -230,13 +214,11 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
         kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device), shape=shape_of(config),
         classes=state["classes"], config=config, step=step, ema=ema)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Drawing (Pillow alone)
 
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (120, 120, 120)]
-
 
 def grid(images, names, columns):
     """A picture of uint8 images (N,3,H,W) in rows of `columns`, names in front; small ones enlarged."""
@@ -255,18 +237,15 @@ def grid(images, names, columns):
             pen.text((8, gap + row * cell + cell // 2), names[row], INK, font, anchor="lm")
     return sheet
 
-
 def draw_grid(images, names, path, columns):
     """Write the grid() of images as a PNG."""
     write_atomically(path, grid(images, names, columns).save)
-
 
 def draw_paths(paths, names, out):
     """Write a GIF of the solver's way: paths holds, a row each, lists of uint8 images (N,3,H,W)."""
     frames = [grid(torch.cat(images), names, len(images[0])) for images in zip(*paths)]
     write_atomically(out, lambda temporary: frames[0].save(
         temporary, save_all=True, append_images=frames[1:] + frames[-1:] * 15, duration=80, loop=0))
-
 
 def nearest(images, data):
     """To each of the uint8 images (N,3,H,W) the item of a dataset whose pixels are nearest: (N,3,H,W)."""
@@ -279,13 +258,11 @@ def nearest(images, data):
         progress(done := done + len(batch))
     return found
 
-
 def ticks(low, high):
     """About five round numbers from low to high."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5.01)
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
 
 def draw_curves(panels, path):
     """Write panels side by side, each (title, x label, {name: (xs, ys)}); y from 0 to 1 where that fits."""
@@ -321,7 +298,6 @@ def draw_curves(panels, path):
         pen.text((p * W + W // 2, H - 8), x_label, INK, font, anchor="mb")
     write_atomically(path, sheet.save)
 
-
 def draw_k_of_channel(path, variance, k, k_of_innovation=None):
     """What target "channel" learned, and theory: lists; variance is in units of the noise's."""
     x = list(range(len(k)))
@@ -331,14 +307,12 @@ def draw_k_of_channel(path, variance, k, k_of_innovation=None):
     draw_curves([("k of each channel", "channel", {name: (x, ys) for name, ys in curves.items()}),
                  ("log10 of its variance / the noise's", "channel", {"": (x, logs)})], path)
 
-
 def read_log(run_folder, column):
     """(steps, values) of a column of a run's log.csv, rows without a value left out."""
     with readable(run_folder, f"a run whose log.csv has a column {column!r}"), \
             open(Path(run_folder) / "log.csv", newline="") as file:
         rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
     return [row[0] for row in rows], [row[1] for row in rows]
-
 
 def write_rows(path, columns, rows):
     """Write a csv file of rows, each a dict."""
@@ -347,7 +321,6 @@ def write_rows(path, columns, rows):
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
-
 
 def draw_k_of_t(kdiff, path):
     """Fig. 5: k(t), learned by target "time", EDM's beside it, and the density of training's times."""
@@ -358,7 +331,6 @@ def draw_k_of_t(kdiff, path):
     curves = {kdiff.target: (t.tolist(), k.tolist()), "edm": (t.tolist(), (1 - t).tolist())}
     draw_curves([("k(t)", x_label, curves),
                  ("density of the times in training", x_label, {"p": (inner.tolist(), p.tolist())})], path)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples for evaluation
@@ -396,7 +368,6 @@ def measure(it, path, classes, n, batch_size, how, extractor, reference, setting
         draw_curves([(extractor.key.replace("_", " "), "step", curves)], table.with_suffix(".png"))
     return row
 
-
 def write_samples(batches, n, size, out, settings):
     """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings), or a folder."""
     out = Path(out)
@@ -427,7 +398,6 @@ def write_samples(batches, n, size, out, settings):
         for part in parts.values():
             part.unlink()
 
-
 def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""
     chosen, listed = [], f" ({', '.join(names)})" if len(names) <= 20 else ""
@@ -436,7 +406,6 @@ def choose_classes(text, names):
              f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1}{listed}")
         chosen.append(int(word) if word.isdecimal() and word not in names else names.index(word))
     return chosen
-
 
 def parse():
     """The command line."""
@@ -477,7 +446,6 @@ def parse():
          f"{args.checkpoint[-1]}: one checkpoint at a time (several go with --fid, --gif or --plot)")
     return args
 
-
 def plot(folders, column, out):
     """Draw a column of the log.csv of several runs into one picture."""
     names = [Path(folder).name for folder in folders]
@@ -485,7 +453,6 @@ def plot(folders, column, out):
     curves = {name: read_log(folder, column) for name, folder in zip(names, folders)}
     draw_curves([(column, "step", curves)], out)
     print0(f"wrote {out}")
-
 
 def main():
     """Draw a grid or a GIF, write samples or measure them, as the flags say."""
@@ -542,7 +509,6 @@ def main():
     if args.gif and RANK == 0:
         draw_paths(paths.values(), list(paths), args.gif)
         print0(f"wrote {args.gif}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -73,7 +73,6 @@ COMPONENTS = ("channel", "asym")      # targets that take the principal componen
 FIXED = ("model", "target", "space", "loss", "images", "num_classes", "net_size", "in_channels", "batch_size",
          "seed", "flip", "qk_norm", "ema", "t_mean", "t_std", "noise_scale", "tau", "label_drop")
 
-
 def train(state, codec, data, args, device):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every step.
 
@@ -122,7 +121,6 @@ def train(state, codec, data, args, device):
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         yield loss, norm, lr
-
 
 def main():
     """Train, from the last checkpoint where there is one; log, save and show on the way."""
@@ -179,7 +177,6 @@ def main():
         print0(f"done in {timedelta(seconds=int(time.time() - log.began))}. Look at {written}; "
                f"more samples: python sample.py {path}")
 
-
 # ------------------------------------------------------------------------------------------------------------
 # What training changes, and its checkpoints
 
@@ -212,7 +209,6 @@ class State:
             swap()
             self.kdiff.train()
 
-
 def save(path, state, config, codec, data):
     """Write a checkpoint, whole or not at all. UserError where the weights are not finite."""
     every = [*state.parameters, *(t for average in state.averages.values() for t in average),
@@ -227,7 +223,6 @@ def save(path, state, config, codec, data):
                   "data": {"classes": data.classes, **pack_codec(codec, config["tokenizer"])}}
     if RANK == 0:
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
-
 
 def resume(path, state, codec, config, args, data):
     """Load the checkpoint, if any, into the state; returns its codec. UserError, naming what differs."""
@@ -259,7 +254,6 @@ def resume(path, state, codec, config, args, data):
     need(agreed(state.step) == state.step and agreed(-state.step) == -state.step,
          f"--out {path.parent} is not the same folder on all machines: share it")
     return codec
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings: a flag, else the preset's value
@@ -321,7 +315,6 @@ def parse():
     args.out = Path(args.out or f"out/{name}" + ("" if args.target == "k" else f"-{args.target}"))
     return args
 
-
 def open_data(args):
     """The dataset and the Codec that makes it the network's x. UserError where data and space do not fit."""
     data = open_dataset(args.data, args.image_size, args.data_dir)
@@ -348,7 +341,6 @@ def open_data(args):
         dist.broadcast(buffer, 0)          # machines may differ in a component's sign
     return data, codec
 
-
 def latent_codec(args, data):
     """The Codec of stored latents. UserError where they do not fit the flags or their statistics."""
     C, h, w = data.shape
@@ -361,7 +353,6 @@ def latent_codec(args, data):
     need(0.5 < std < 2, f"--data {args.data}: normalised latents have std {std:.2f}, not about 1: "
          "the statistics belong to other latents")
     return codec
-
 
 def settle(args, data, codec, device):
     """Fill in what depends on data and machine; returns the config, all that made a run, as plain values."""
@@ -389,7 +380,6 @@ def settle(args, data, codec, device):
         "components": args.space == "pixel" and codec.tokenizer is not None, "processes": WORLD,
         "ema_default": str(max(faded, default=min(args.ema)))}
 
-
 def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to; warn where they cannot work."""
     share, per_epoch = args.batch_size // WORLD, len(data) / args.batch_size
@@ -413,7 +403,6 @@ def describe(args, config, kdiff, data):
                f"{1 / (1 + math.exp(-farthest)):.2f}: {len(data):,} images may want --preset small")
     print0(f"writes to {args.out}")
 
-
 def time_a_step(args, config, device):
     """Print how long the run would take here, from a few images' forward and backward."""
     kdiff = assemble(config).to(device)
@@ -429,7 +418,6 @@ def time_a_step(args, config, device):
         seconds = (time.perf_counter() - began) / n * args.batch_size / WORLD
     print0(f"time      {seconds:.3g} s a step here (a share of {n} images timed, not compiled), "
            f"{timedelta(seconds=int(seconds * args.steps))} in all, loading and pictures aside")
-
 
 def start_from(path, kdiff, args, classes):
     """Load a checkpoint's network, ours or published; not its w for another target, nor labels of others."""
@@ -447,7 +435,6 @@ def start_from(path, kdiff, args, classes):
     except (RuntimeError, AttributeError) as error:
         raise UserError(f"--init {path}: not a {args.model} for this data ({in_short(error)})") from None
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Around the loop
 
@@ -458,12 +445,10 @@ def batches(data, args, start, device):
         data, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
 
-
 def ignore_signals(worker):
     """A loading process ends with its parent, not with the signal that asks the parent to save first."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
 
 def stop_signals():
     """The SIGTERMs and SIGINTs that have arrived since: a list that grows."""
@@ -472,14 +457,12 @@ def stop_signals():
         signal.signal(number, lambda number, frame: arrived.append(number))
     return arrived
 
-
 def agreed(number):
     """The largest of the processes' numbers, on all of them; compared on the CPU."""
     largest = torch.tensor(number)
     if WORLD > 1:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.item()
-
 
 class Log:
     """Lines on the screen and in log.csv; a resumed run first drops the rows that it will write again."""
@@ -540,7 +523,6 @@ class Log:
         self.good = []
         self.restart()
 
-
 def show(args, state, codec, data, config, last):
     """Draw samples of the default average, the curves of the log, k(t) or k's spectrum: returns the paths."""
     written, kdiff = [], state.kdiff
@@ -572,7 +554,6 @@ def show(args, state, codec, data, config, last):
                     for i in range(x.shape[1])])
         draw_k_of_channel(written[-1], **spectrum)
     return written
-
 
 if __name__ == "__main__":
     run(main)

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from objective import KDiff
 from sample import COLOURS, INK, PAPER, guided, integrate
 
-
 class MLP(nn.Module):
     """u^ = net(z, t, y): all that is asked of a network. z (N, D, 1, 1), t (N,) in [0, 1]."""
 
@@ -29,14 +28,12 @@ class MLP(nn.Module):
         a = t[:, None] * self.frequencies
         return self.layers(torch.cat([z.flatten(1), a.cos(), a.sin()], dim=1)).view_as(z)
 
-
 def spiral(u):
     """The points (N, 2) of a spiral at u (N,) in [0, 1], evenly spread along it, of variance about 1."""
     angle = 3 * math.pi * (u + 0.02).sqrt()
     return 0.2 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
 
-
-def main(out, steps=1000, batch=512, n=512):
+def main(out, steps=1000, batch=256):
     """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. A row a target, a column a D."""
     cell, font = 200, ImageFont.load_default(14)
     sheet = Image.new("RGB", (4 * cell, 4 * cell), PAPER)
@@ -56,7 +53,7 @@ def main(out, steps=1000, batch=512, n=512):
                 loss.backward()
                 optimizer.step()
             with torch.no_grad():
-                z = integrate(guided(kdiff, y[:n], 1.0, (0.0, 1.0)), torch.randn(n, D, 1, 1)).flatten(1)
+                z = integrate(guided(kdiff, y.repeat(2), 1.0, (0.0, 1.0)), torch.randn(2 * batch, D, 1, 1)).flatten(1)
             off = torch.cdist(z, curve @ P.T).min(1).values.mean().item()
             k = kdiff.ks()["k"].item()
             print(f"D {D:3} | target {target:3} | k {k:.3f} | distance to the spiral {off:.3f}", flush=True)
@@ -65,7 +62,6 @@ def main(out, steps=1000, batch=512, n=512):
                 at = column * cell + cell / 2 + 30 * a, row * cell + cell / 2 + 30 * b
                 pen.rectangle([at, (at[0] + 1, at[1] + 1)], COLOURS[row])
     sheet.save(out)
-
 
 if __name__ == "__main__":
     main(Path(__file__).with_suffix(".png"))
