@@ -35,7 +35,7 @@ from model import Autoencoder
 from objective import seeded_normal
 
 # ------------------------------------------------------------------------------------------------------------
-# Datasets: len(), .classes, .item(i, flip) -> (tensor, label)
+# Datasets: .n items, .classes (names), .item(i, flip) -> (tensor, label); .flips: whether it may be mirrored
 
 class Dataset(torch.utils.data.Dataset):
     """data[i] is item i as it is; data[(epoch, i)] may be mirrored, as drawn from (seed, epoch, i) alone."""
@@ -132,18 +132,23 @@ class Fashion(Dataset):
 
     def read(self, name, folder):
         """A file's bytes, from disk or network. FileError where they are not the published ones."""
-        cache, file = Path("~/.cache/kdiff").expanduser(), f"{name}.gz"
-        places = [Path(folder)] if folder else [Path("/usr/share/datasets/fashion-mnist"), cache]
-        path = next((place / file for place in places if (place / file).is_file()), None)
-        need(path or not folder, f"{folder}: holds no {file}")
-        with readable(path or self.url + file, "Fashion-MNIST", remedy="; --data_dir names where it is"):
-            packed = path.read_bytes() if path else urllib.request.urlopen(self.url + file, timeout=30).read()
+        def unpacked(packed):
             content = gzip.decompress(packed)
             if hashlib.sha256(content).hexdigest() != self.sha256[name]:
                 raise ValueError("its checksum is not the published one")
-        if path is None:
-            write_atomically(cache / file, lambda temporary: temporary.write_bytes(packed))
-        return np.frombuffer(content, np.uint8)
+            return np.frombuffer(content, np.uint8)
+        cache, file = Path("~/.cache/kdiff").expanduser(), f"{name}.gz"
+        places = [Path(folder)] if folder else [Path("/usr/share/datasets/fashion-mnist"), cache]
+        path = next((place / file for place in places if (place / file).is_file()), places[-1] / file)
+        if not folder and not path.is_file() and LOCAL_RANK == 0:
+            with readable(self.url + file, "Fashion-MNIST", remedy="; --data_dir names where it is"):
+                packed = urllib.request.urlopen(self.url + file, timeout=30).read()
+                unpacked(packed)
+            write_atomically(path, lambda temporary: temporary.write_bytes(packed))
+        barrier()                                                # until the first process has fetched it
+        need(path.is_file(), f"{path.parent}: holds no {file}")
+        with readable(path, "Fashion-MNIST"):
+            return unpacked(path.read_bytes())
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -376,7 +381,8 @@ class Order:
 def some_items(data, n=4096):
     """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all data, always the same."""
     n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
-    return torch.stack([data[i][0] for _, i in next(iter(Order(len(data), n, 0, 0, 1)))])
+    indices = [i for _, i in next(iter(Order(len(data), n, 0, 0, 1)))]
+    return next(read_in_batches(data, indices, n))[0]
 
 # ------------------------------------------------------------------------------------------------------------
 # Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> (N, channels, H/factor, W/factor), .decode back
@@ -487,7 +493,7 @@ class ArrayFile:
         self.start = os.path.getsize(path) - self.row * shape[0]
 
     def write(self, first, rows):
-        """Write an array's rows at first, first + 1, ...; UserError where there is no room."""
+        """Write an array's rows at first, first + 1, ...; FileError where there is no room."""
         with writable(self.path), open(self.path, "r+b") as file:
             file.seek(self.start + first * self.row)
             file.write(rows.tobytes())
@@ -536,7 +542,7 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
     for images, labels in read_in_batches(data, mine, batch_size):
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
             noise = seeded_normal(shape[1:], [seed_of(seed, name, i + j) for j in range(len(labels))], device)
-            latents = tokenizer.encode(batch.to(device).float() / 127.5 - 1, noise).cpu()
+            latents = tokenizer.encode(Codec().encode(batch.to(device)), noise).cpu()
             files[name].write(i, latents.half().numpy())
             flat = latents.double().transpose(0, 1).flatten(1)
             sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.ones_like(flat).sum(1)])
@@ -655,6 +661,8 @@ def readable(path, what, reason=None, remedy=""):
     """Within: an error of any kind, and on bad bytes libraries raise many, becomes a FileError on path."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise FileError(f"{path}: not {what} ({reason or in_short(error)}){remedy}") from None
 
@@ -695,7 +703,7 @@ def write_atomically(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:                      # writable, or Windows refuses
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -714,10 +722,10 @@ def explain(error):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
-    if "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError)):
-        return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
     if WORLD > 1 and (isinstance(error, dist.DistError) or "onnection " in str(error)):      # closed or reset
         return f"process {RANK} lost the others; the first error above says why"
+    if "DataLoader worker" in str(error) or isinstance(error, (ConnectionResetError, EOFError)):
+        return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
     raise error
 
 def run(main):

@@ -267,11 +267,12 @@ class Source(NamedTuple):
     def batches(self, batch_size):
         """This process's share as evaluate() takes it; a GPU still computes while the next batch is read."""
         need(self.read and self.n > 1, f"{self.path}: no images, or fewer than 2, so without covariance")
-        progress, first, last = Progress(self.n), self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD
+        first, last = self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD
+        progress = Progress(last - first)
         for i in range(first, last, batch_size):
             j = min(i + batch_size, last)
             yield self.read(i, j), i
-            progress(j)
+            progress(j - first)
 
 def open_images(path, names, item):
     """The Source of item(i), uint8 (3, H, W), read by threads. UserError for latents, and for two sizes."""

@@ -220,6 +220,7 @@ SIZES = {
     "LightningDiT-B":    ( 768, 12, 12),
     "LightningDiT-L":    (1024, 24, 16),
     "LightningDiT-XL":   (1152, 28, 16),
+    "LightningDiT-S":    ( 384, 12,  6),
     "LightningDiT-demo": (  96,  4,  3),
 }
 COLUMNS = "dim", "depth", "heads", "bottleneck", "context_tokens", "context_start"

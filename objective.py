@@ -25,8 +25,8 @@ def k_of_t(w, t):
 
 # The target u = c x + d e: shape of the learnable w, "C" for one number a channel, and (c, d) from w and t.
 # k slides from noise (0) through velocity (0.5) to data (1): u = k x - (1-k) e, Eq. (13). A row is a target.
-# None: nothing to learn; w is then the channels' numbers. EDM is what z does not tell linearly about data of
-# variance 1, E[u z] = c t + d (1-t) = 0. AsymFlow (arXiv 2605.12964): noise in strong components alone.
+# None: nothing to learn; in w's place stand the channels' indices. EDM: what z does not tell linearly about data
+# of variance 1, E[u z] = c t + d (1-t) = 0. AsymFlow (arXiv 2605.12964): noise in strong components alone.
 TARGETS = {
     "x":       (None, lambda w, t: (1.0, 0.0)),                                    # JiT's baseline
     "v":       (None, lambda w, t: (1.0, -1.0)),                                   # LightningDiT's baseline
@@ -48,8 +48,8 @@ def fixed_k(target):
         return None
 
 def error_scale(loss, c, d, t, tau):
-    """The factor from the error u^ - u to the error in v, u, x or eps (Eqs. 21-26); like t in shape."""
-    delta = (c * (1 - t) - d * t).clamp(min=tau)        # the one clamp, shared with the sampler (Table 4)
+    """The factor from the error u^ - u to the error in v, u, x or eps (Eqs. 21-26); like t, c, d."""
+    delta = (c * (1 - t) - d * t).clamp(min=tau)        # Delta's one clamp, shared with the sampler (Table 4)
     return {"v": 1.0, "u": delta, "x": (1 - t).clamp(min=tau), "eps": t.clamp(min=tau)}[loss] / delta
 
 def seeded_normal(shape, seeds, device):
@@ -66,7 +66,7 @@ class KDiff(nn.Module):
     net         called as net(z (N,C,H,W), t (N,), y (N,)) -> u^ (N,C,H,W); class `num_classes` is "no label"
     target      a row of TARGETS, or a number in [0, 1]: that k, fixed
     channels    C, where the target asks for it (default: net.in_channels)
-    t_mean, t_std, noise_scale, tau, label_drop      Table 4 (train.py's PRESETS)
+    t_mean, t_std, noise_scale, tau, label_drop      Table 4 (in train.py)
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     ValueError for an unknown target or loss, for target "two" with loss "u" (k1 = k2 = 0 would win), and for
     "channel" and "asym" without channels.
@@ -89,15 +89,15 @@ class KDiff(nn.Module):
         channels = channels or getattr(net, "in_channels", None)
         if channels is None and target in ("channel", "asym"):
             raise ValueError(f"target {target} needs channels: the number of channels of x")
-        numbers = torch.arange(channels or 1).view(-1, 1, 1)                     # (C, 1, 1)
-        shape = numbers.shape if shape == "C" else shape
+        index = torch.arange(channels or 1).view(-1, 1, 1)                     # (C, 1, 1)
+        shape = index.shape if shape == "C" else shape
         self.w = None if shape is None else nn.Parameter(torch.zeros(shape))     # sigmoid(0): k starts at 0.5
-        self.register_buffer("numbers", numbers, persistent=False)
+        self.register_buffer("index", index, persistent=False)
 
     def coefficients(self, t):
         """(c, d) of the target at times t (N,), each (N, 1, 1, 1), or (N, C, 1, 1) where channels differ."""
         t = t.view(-1, 1, 1, 1)
-        c, d = self.rule(self.numbers if self.w is None else self.w, t)
+        c, d = self.rule(self.index if self.w is None else self.w, t)
         return c * torch.ones_like(t), d * torch.ones_like(t)
 
     def velocity(self, u, z, t):
@@ -130,7 +130,7 @@ class KDiff(nn.Module):
     def ks(self):
         """What was learned, as tensors: {"k": k, or its mean over t or channels}; for two {"k1", "k2"}, for
         channel {"k_min", "k_max"} as well. A fixed target gives its k."""
-        c, d = self.coefficients(torch.linspace(0, 1, BINS + 1, device=self.numbers.device))
+        c, d = self.coefficients(torch.linspace(0, 1, BINS + 1, device=self.index.device))
         c, d = c.detach(), d.detach()
         k = c / (c - d)
         least = {"k_min": k.min(), "k_max": k.max()} if self.target == "channel" else {}

@@ -109,7 +109,8 @@ def sample_all(kdiff, codec, shape, labels, batch_size, **how):
 
 def generate_split(kdiff, codec, shape, classes, n, batch_size, **how):
     """This process's part of n samples, labels going round `classes`: (uint8 (b,3,H,W), labels, indices)."""
-    mine, progress = range(n * RANK // WORLD, n * (RANK + 1) // WORLD), Progress(-(-n // WORLD), "samples")
+    mine = range(n * RANK // WORLD, n * (RANK + 1) // WORLD)
+    progress = Progress(len(mine), "samples")
     for i in range(0, len(mine), batch_size):
         indices = mine[i:i + batch_size]
         labels = [classes[j % len(classes)] for j in indices]
@@ -273,7 +274,7 @@ def draw_curves(panels, path):
         xs, ys = ([v for curve in curves.values() for v in curve[i] if math.isfinite(v)] for i in (0, 1))
         if not xs or not ys:
             continue
-        x0, x1 = min(xs), max(max(xs), min(xs) + 1e-9)
+        x0, x1 = min(xs), max(max(xs), min(xs) + 1)
         y0, y1 = min(0, min(ys)), max(max(ys), 1e-9) * 1.05
         if y0 == 0 and 0.3 < max(ys) <= 1:
             y1 = 1
@@ -317,7 +318,7 @@ def read_log(run_folder, column):
 def write_rows(path, columns, rows):
     """Write a csv file of rows, each a dict."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
@@ -325,7 +326,7 @@ def write_rows(path, columns, rows):
 def draw_k_of_t(kdiff, path):
     """Fig. 5: k(t), learned by target "time", EDM's beside it, and the density of training's times."""
     t = torch.linspace(0, 1, 8 * BINS + 1)
-    c, d = kdiff.coefficients(t.to(kdiff.numbers.device))
+    c, d = kdiff.coefficients(t.to(kdiff.index.device))
     k, inner = (c / (c - d)).detach().flatten().cpu(), t[1:-1]
     p, x_label = logit_normal(kdiff.t_mean, kdiff.t_std)(inner), "t: noise to data"
     curves = {kdiff.target: (t.tolist(), k.tolist()), "edm": (t.tolist(), (1 - t).tolist())}
@@ -366,6 +367,7 @@ def measure(it, path, classes, n, batch_size, how, extractor, reference, setting
                 xs.append(int(each["step"]))
                 ys.append(float(each[extractor.key]))
         draw_curves([(extractor.key.replace("_", " "), "step", curves)], table.with_suffix(".png"))
+    barrier()                                                  # until it is written
     return row
 
 def write_samples(batches, n, size, out, settings):
@@ -442,6 +444,9 @@ def parse():
     need(not args.out or Path(args.out).suffix in ("", ".png", ".npz"),
          f"--out {args.out}: a .png, an .npz or a folder")
     need(not args.fid or not args.out, "--fid measures samples without writing them: leave out --out")
+    need(not args.gif or args.gif.endswith(".gif") and not (args.fid or args.out),
+         "--gif FILE.gif goes without --fid and --out")
+    need(not args.plot or (args.out or ".png").endswith(".png"), f"--out {args.out}: a .png for --plot")
     need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1,
          f"{args.checkpoint[-1]}: one checkpoint at a time (several go with --fid, --gif or --plot)")
     return args
@@ -492,7 +497,7 @@ def main():
             write_samples(batches, n, size, args.out, settings)
             print0(f"wrote {args.out}: {n:,} samples")
         elif RANK == 0 and args.gif:
-            row = paths.setdefault(f"{it.config['space']} {it.config['target']}", [])
+            row = paths.setdefault(f"{path.parent.name} {it.config['target']}", [])
             last = generate(it.kdiff, it.codec, it.shape, labels[:n], range(n), **how,
                             watch=lambda z: row.append(it.codec.decode(z).cpu()))
             row.append(last.cpu())
@@ -500,7 +505,9 @@ def main():
             images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
             names = [it.classes[c] for c in classes]
             if args.nearest:
-                found = nearest(images, open_dataset(args.nearest, images.shape[-1]))
+                data = open_dataset(args.nearest, images.shape[-1])
+                need(data[0][0].dtype == torch.uint8, f"--nearest {args.nearest}: latents, not images")
+                found = nearest(images, data)
                 rows = zip(images.split(columns), found.split(columns))
                 images = torch.cat([each for pair in rows for each in pair])
                 names = [each for name in names for each in (name, "nearest")]

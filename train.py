@@ -25,7 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser, PatchPCA, UserError,
                   barrier, check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable,
-                  run, seed_of, setup, some_items, write_atomically)
+                  run, seed_of, setup, some_items, writable, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
 from sample import (assemble, autocast, compile_network, draw_curves, draw_grid, draw_k_of_channel,
@@ -134,9 +134,10 @@ def main():
     describe(args, config, kdiff, data)
     if args.dry_run:
         return time_a_step(args, config, device)
-    if args.init:
+    path = args.out / "ckpt.pt"
+    if args.init and not path.exists():
         start_from(args.init, kdiff, args, len(data.classes))
-    state, path = State(kdiff.to(device).train(), args.ema), args.out / "ckpt.pt"
+    state = State(kdiff.to(device).train(), args.ema)
     codec = resume(path, state, codec, config, args, data).to(device)
     if state.step >= args.steps and (not args.samples or (args.out / "samples.png").exists()):
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
@@ -174,7 +175,7 @@ def main():
         signal.signal(number, signal.SIG_DFL)              # all is saved: nothing can be lost from here on
     if RANK == 0:
         written = ", ".join(map(str, show(args, state, codec, data, config, last=True)))
-        print0(f"done in {timedelta(seconds=int(time.time() - log.began))}. Look at {written}; "
+        print0(f"done in {timedelta(seconds=int(time.perf_counter() - log.began))}. Look at {written}; "
                f"more samples: python sample.py {path}")
 
 # ------------------------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def resume(path, state, codec, config, args, data):
     """Load the checkpoint, if any, into the state; returns its codec. UserError, naming what differs."""
     if path.exists():
         file = read_tensors(path, mmap=state.parameters[0].is_cuda)      # many processes share one copy
-        try:
+        with readable(path, "of this version", remedy="; name another --out or remove it"):
             before = file["config"]
             for key in FIXED:
                 need(before.get(key) == config[key], f"--out {path.parent} holds a run with {key} "
@@ -245,13 +246,8 @@ def resume(path, state, codec, config, args, data):
             state.optimizer.load_state_dict(file["optimizer"])
             state.step, state.skipped = file["step"], file["skipped"]
             codec = unpack_codec(file["data"], args.tokenizer if args.tokenizer != "pca" else None)
-        except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path}: of another program or version, name another --out or remove it "
-                            f"({in_short(error)})") from None
         print0(f"resuming from {path} at step {state.step:,}")
-    need(agreed(state.step) == state.step and agreed(-state.step) == -state.step,
+    need(agreed(state.step) == -agreed(-state.step),
          f"--out {path.parent} is not the same folder on all machines: share it")
     return codec
 
@@ -310,6 +306,7 @@ def parse():
     end = args.target == "eps" or fixed_k(args.target) == 0               # Delta = t vanishes with t
     if args.tau is None:
         args.tau = 0.05 if end or args.target in ("x", "asym") or fixed_k(args.target) == 1 else 0.0
+    need(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
     need(args.tau or not end, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
     name = args.space + ("" if args.data == "shapes" else f"-{Path(args.data).stem}")
     args.out = Path(args.out or f"out/{name}" + ("" if args.target == "k" else f"-{args.target}"))
@@ -327,10 +324,12 @@ def open_data(args):
     need(args.space == "pixel" or args.tokenizer == "pca", f"--data {args.data} holds images: pass "
          f"--tokenizer pca, or run `python data.py encode {args.data} --tokenizer FILE --image_size "
          f"{args.image_size} --out latents` and pass --data latents")
-    patch = int(args.model.rpartition("/")[2]) if args.space == "pixel" else 8
+    patch = args.model.rpartition("/")[2] if args.space == "pixel" else "8"
+    need(patch.isdecimal() and int(patch), f"--model {args.model}: NAME/PATCH expected, such as JiT-B/16")
+    patch = int(patch)
     need(args.image_size % patch == 0,
          f"--image_size {args.image_size} is no multiple of the patch, {patch} px")
-    images = some_items(data).float() / 127.5 - 1
+    images = Codec().encode(some_items(data))
     if args.space == "pixel":              # all components, orthonormal: noise stays white, nothing is lost
         codec = Codec(PatchPCA.fit(images, patch, 3 * patch ** 2))
     else:
@@ -387,7 +386,7 @@ def describe(args, config, kdiff, data):
                                     and key not in ("out", "steps", "epochs", "dry_run")))
     params = sum(p.numel() for p in kdiff.net.parameters())
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
-           f"{gmacs(kdiff.net, shape_of(config)):.2f} Gflops an image and forward")
+           f"{gmacs(kdiff.net, shape_of(config)):.2f} billion multiply-adds an image and forward")
     print0(f"batch     {args.batch_size} = {WORLD} processes x {share // args.micro_batch} micro batches "
            f"x {args.micro_batch} images")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
@@ -472,7 +471,8 @@ class Log:
     def __init__(self, path, state, args, data):
         self.path, self.state, self.args, self.per_epoch = path, state, args, len(data) / args.batch_size
         self.on_cpu = state.parameters[0].device.type == "cpu"
-        self.first, self.began, self.bad_in_a_row, self.good, rows = state.step, time.time(), 0, [], []
+        self.first, self.began = state.step, time.perf_counter()
+        self.bad_in_a_row, self.good, rows = 0, [], []
         self.restart()
         if state.step and path.exists():
             with readable(path, "a log that can be continued"), open(path, newline="") as file:
@@ -483,7 +483,7 @@ class Log:
 
     def restart(self):
         """Count time and steps from here."""
-        self.logged, self.ticked, self.used = self.state.step, time.time(), time.process_time()
+        self.logged, self.ticked, self.used = self.state.step, time.perf_counter(), time.process_time()
 
     def add(self, loss, norm):
         """Take note of a step; its norm is not finite where it was skipped."""
@@ -496,7 +496,7 @@ class Log:
 
     def write(self, lr):
         """The mean of the steps since the last line, over all processes."""
-        state, args, now = self.state, self.args, time.time()
+        state, args, now = self.state, self.args, time.perf_counter()
         sums = torch.tensor([*map(sum, zip(*self.good)), len(self.good)] if self.good else [math.nan] * 3)
         if WORLD > 1:
             dist.all_reduce(sums)
@@ -514,7 +514,7 @@ class Log:
             row = dict(step=state.step, epoch=f"{state.step / self.per_epoch:.4f}", loss=f"{loss:.6g}",
                        lr=f"{lr:.6g}", grad=f"{grad:.6g}", img_per_s=f"{speed:.1f}", skipped=state.skipped,
                        **{name: f"{k:.6f}" for name, k in ks.items()})
-            with open(self.path, "a", newline="") as file:
+            with writable(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
         threads, cores = torch.get_num_threads(), (time.process_time() - self.used) / (now - self.ticked)
         if threads > 1 and self.on_cpu and cores < 0.7 * threads:    # threads spin while they wait for others
@@ -544,7 +544,8 @@ def show(args, state, codec, data, config, last):
         draw_k_of_t(kdiff, written[-1])
     if args.target == "channel":
         written.append(args.out / "k_of_channel.png")
-        x, ks = codec.encode(some_items(data, 16384).to(kdiff.w.device)), torch.sigmoid(kdiff.w.detach())
+        x = codec.encode(some_items(data, 16384).to(kdiff.w.device)).cpu()
+        ks = torch.sigmoid(kdiff.w.detach()).cpu()
         spectrum = {"variance": x.var((0, 2, 3)) / args.noise_scale ** 2, "k": ks.flatten()}
         if x[0].numel() <= 4096 and last:                  # an eigenvalue problem of that size: seconds
             spectrum["k_of_innovation"] = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale)
