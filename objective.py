@@ -25,7 +25,7 @@ def k_of_t(w, t):
 
 # The target u = c x + d e: shape of the learnable w, "C" for one number a channel, and (c, d) from w and t.
 # k slides from noise (0) through velocity (0.5) to data (1): u = k x - (1-k) e, Eq. (13). A row is a target.
-# None: nothing to learn; in w's place stand the channels' indices. EDM: what z does not tell linearly about data
+# None: nothing to learn; w is then the indices of channels. EDM: what z does not tell linearly about data
 # of variance 1, E[u z] = c t + d (1-t) = 0. AsymFlow (arXiv 2605.12964): noise in strong components alone.
 TARGETS = {
     "x":       (None, lambda w, t: (1.0, 0.0)),                                    # JiT's baseline

@@ -17,12 +17,12 @@ from sample import COLOURS, INK, PAPER, guided, integrate
 class MLP(nn.Module):
     """u^ = net(z, t, y): all that is asked of a network. z (N, D, 1, 1), t (N,) in [0, 1]."""
 
-    def __init__(self, D, width=256, frequencies=32):
+    def __init__(self, D, width=256, frequencies=16):
         super().__init__()
         widths = [D + 2 * frequencies] + 4 * [width]
         layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(width, D))
-        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies))
+        self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies))
 
     def forward(self, z, t, y):
         a = t[:, None] * self.frequencies
@@ -33,7 +33,7 @@ def spiral(u):
     angle = 3 * math.pi * (u + 0.02).sqrt()
     return 0.2 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
 
-def main(out, steps=1000, batch=256):
+def main(out, steps=1500, batch=256):
     """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. A row a target, a column a D."""
     cell, font = 200, ImageFont.load_default(14)
     sheet = Image.new("RGB", (4 * cell, 4 * cell), PAPER)
