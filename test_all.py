@@ -3,6 +3,8 @@ import argparse
 import colorsys
 import copy
 import csv
+import email.message
+import gzip
 import hashlib
 import importlib
 import io
@@ -33,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")      # threads that wait by spinni
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -46,8 +49,10 @@ import train
 from data import (VAVAE, Codec, ImageFolder, Latents, Order, PatchPCA, Shapes, UserError, crop, open_dataset,
                   pack, read_image, read_tensors, run, seed_of)
 from model import JiT
-from objective import KDiff, equilibrium, k_of_t, logit_normal, optimal_k, optimal_loss, plane, train_linear
-from sample import generate, guided, integrate, load, read_log
+from objective import (KDiff, Linear, equilibrium, k_of_direction, k_of_innovation, k_of_t, logit_normal, optimal_k,
+                       optimal_loss, plane, train_linear)
+from sample import compile_network, generate, guided, integrate, load, nearest, read_log
+from train import State
 
 HERE = Path(__file__).parent
 TINY_JIT = dict(image_size=32, patch_size=8, dim=64, depth=6, heads=4, num_classes=10, bottleneck=16,
@@ -56,16 +61,13 @@ TINY_DIT = dict(image_size=8, patch_size=1, in_channels=4, dim=64, depth=4, head
 JIT, DIT = (model.JiT, TINY_JIT), (model.DiT, TINY_DIT)
 needs_compiler = pytest.mark.skipif(not (which("g++") or which("clang++")), reason="needs a C++ compiler")
 
-
 def normal(key, *shape):
     """Normal numbers that depend on the key alone (numpy's legacy generator is frozen)."""
     return torch.tensor(np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)).float()
 
-
 def noise(*shape):
     """uint8 pixels, always the same for one shape."""
     return np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
-
 
 def fill(net, conv_gain=1.0):
     """Weights as a function of their key; the tables of positions stay."""
@@ -81,7 +83,6 @@ def fill(net, conv_gain=1.0):
             value.copy_(0.1 * r + key.endswith("weight"))
     return net.eval()
 
-
 # ------------------------------------------------------------------------------------------------------------
 # model.py
 
@@ -90,15 +91,12 @@ def inputs(config, n=3):
     x = normal("x", n, config.get("in_channels", 3), config["image_size"], config["image_size"])
     return x, torch.tensor([0.05, 0.5, 0.93])[:n], torch.tensor([0, 3, 10])[:n]
 
-
 def error(ours, theirs):
     return ((ours.double() - theirs).norm() / theirs.double().norm()).item()
-
 
 def digest(net):
     """A checksum of the state dict's keys and shapes; those in these tests come from the published files."""
     return zlib.crc32(repr(sorted((key, *value.shape) for key, value in net.state_dict().items())).encode())
-
 
 def plain_network(state, x, t, y, heads, p, start=None):
     """Both transformers in float64 and in plain formulas: explicit rotation matrices, softmax, loops."""
@@ -144,7 +142,6 @@ def plain_network(state, x, t, y, heads, p, start=None):
     v = v.view(N, T, p * p, -1).transpose(2, 3).flatten(2).mT    # (p, p, C) to (C, p, p)
     return F.fold(v, x.shape[2:], p, stride=p)
 
-
 @pytest.mark.parametrize("network, config, norm, step, values", [
     (*JIT, 103.878723639, 1152, [
         1.1088155, 0.3588501, 0.2639662, 0.8095108, 0.1001933, -0.7362202, -0.3031009, 0.5599152]),
@@ -156,7 +153,6 @@ def test_jit_and_dit_give_the_published_outputs(network, config, norm, step, val
     out = fill(network(**config))(*inputs(config))
     assert out.double().norm().item() == pytest.approx(norm, rel=2e-6)
     assert error(out.flatten()[::step], torch.tensor(values)) < 5e-6
-
 
 @torch.no_grad()
 def test_vavae_gives_the_recorded_outputs():
@@ -171,7 +167,6 @@ def test_vavae_gives_the_recorded_outputs():
             (decoded, 512, [-0.0909988, -0.0762513, 0.4537423, 0.1829014, 0.3043323, 0.1066596])):
         assert error(ours.flatten()[::step], torch.tensor(theirs)) < 5e-6
 
-
 @pytest.mark.parametrize("network, config, change", [
     (*JIT, {}), (*JIT, dict(context_tokens=0)), (*JIT, dict(patch_size=4, context_start=5)),
     (*JIT, dict(in_channels=1, context_start=0)), (*DIT, {}), (*DIT, dict(patch_size=2, qk_norm=True))])
@@ -185,7 +180,6 @@ def test_networks_agree_with_plain_formulas(network, config, change):
     plain = plain_network(net.state_dict(), *args, 4, config["patch_size"], config.get("context_start"))
     assert error(net(*args), plain) < 2e-6
 
-
 @pytest.mark.parametrize("name, shape, params, gflops, keys", [
     ("JiT-B/16", (3, 256, 256), 131, 25, 1938688673), ("JiT-B/32", (3, 512, 512), 133, 26, None),
     ("JiT-L/16", (3, 256, 256), 459, 88, None), ("JiT-H/16", (3, 256, 256), 953, 182, None),
@@ -197,7 +191,6 @@ def test_published_sizes_have_the_published_params_gflops_and_keys(name, shape, 
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == params
     assert round(model.gmacs(net, shape)) == gflops
     assert not keys or digest(net) == keys
-
 
 @torch.no_grad()
 def test_rope_tables_of_a_file_are_checked_but_not_used():
@@ -214,7 +207,6 @@ def test_rope_tables_of_a_file_are_checked_but_not_used():
         with pytest.raises(RuntimeError, match="freqs_sin"):
             net.load_state_dict(wrong)
 
-
 @torch.no_grad()
 def test_dropout_acts_in_the_middle_half_and_in_training_only():
     """Each block twice on one input; in the MLP dropout sits before w3, in attention after proj."""
@@ -226,7 +218,6 @@ def test_dropout_acts_in_the_middle_half_and_in_training_only():
     assert (net.blocks[2].mlp(x) == 0).float().mean() < 0.1
     undropped, args = fill(model.JiT(**TINY_JIT | dict(depth=10))), inputs(TINY_JIT)
     assert torch.equal(net.eval()(*args), undropped(*args))
-
 
 def test_networks_start_at_zero_with_the_stated_spread():
     """adaLN-zero: the output is 0 and blocks are the identity; Xavier elsewhere, 0.02 in the embeddings."""
@@ -244,7 +235,6 @@ def test_networks_start_at_zero_with_the_stated_spread():
                    jit.x_embedder.proj2.weight, dit.x_embedder.proj.weight):
         bound = math.sqrt(6 / sum(weight.flatten(1).shape))
         assert weight.abs().max().item() == pytest.approx(bound, rel=0.05)
-
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("network, config", [JIT, DIT])
@@ -266,7 +256,6 @@ def test_bf16_autocast_keeps_norms_time_and_stream_in_float32(network, config):
     x = F.rms_norm(x.double(), x.shape[-1:], norm.weight.double(), 1e-6)
     assert error(normed, x) < 1e-6 and error(modulated, x * (1 + scale.double()) + shift) < 1e-6
 
-
 @needs_compiler
 def test_compiled_and_checkpointed_networks_agree_with_eager():
     """Output and gradients, which lie in memory as their parameters do; the keys of the state dict stay."""
@@ -282,7 +271,6 @@ def test_compiled_and_checkpointed_networks_agree_with_eager():
             assert error(a.grad, b.grad) < 2e-5 and a.grad.stride() == a.stride()
     assert all(part._compiled_call_impl for part in (*compiled.blocks, compiled.final_layer))
 
-
 @torch.no_grad()
 def test_autoencoder_clamps_logvar_and_takes_any_multiple_of_16():
     """logvar within [-30, 20], the mean unclamped; 48 x 64 pixels are 3 x 4 latents and back."""
@@ -294,14 +282,12 @@ def test_autoencoder_clamps_logvar_and_takes_any_multiple_of_16():
         assert (logvar == bound).all() and (mean.abs() > 50).all()
     assert net.decode(mean).shape == (1, 3, 48, 64)
 
-
 def test_names_carry_the_patch_and_keywords_win():
     """Any number behind the slash is a patch; in_channels and other keywords override the table."""
     with torch.device("meta"):
         assert model.build("JiT-S/4", image_size=64, num_classes=10).pos_embed.shape == (1, 256, 384)
         net = model.build("LightningDiT-B/4", 16, 10, in_channels=4, patch_size=2, qk_norm=True, depth=1)
     assert net.x_embedder.proj.weight.shape == (768, 4, 2, 2) and net.blocks[0].attn.qk_norm
-
 
 def test_wrong_sizes_and_names_are_refused_in_one_line():
     """The message names the values and a remedy."""
@@ -312,12 +298,10 @@ def test_wrong_sizes_and_names_are_refused_in_one_line():
         with pytest.raises(ValueError, match=message):
             model.build(name, size, 10, **how)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # objective.py
 
 EVERY_TARGET = ["x", "v", "eps", "k", "two", "time", "channel", "edm", "asym", 0.0, "0.3", 1.0]
-
 
 class Answer(torch.nn.Module):
     """A network that answers what it was told, whatever it is asked."""
@@ -329,7 +313,6 @@ class Answer(torch.nn.Module):
     def forward(self, z, t, y):
         return self.u
 
-
 def kdiff_for(target, u=None, **kw):
     """A KDiff whose learnable w is not at its start, in float64."""
     kdiff = KDiff(Answer(u), target, num_classes=10, channels=2, **kw).double()
@@ -338,13 +321,11 @@ def kdiff_for(target, u=None, **kw):
             kdiff.w.copy_(torch.linspace(-1.0, 2.0, kdiff.w.numel()).view(kdiff.w.shape))
     return kdiff
 
-
 def solve(c, d, t, z, u):
     """(x, e) from z = t x + (1-t) e and u = c x + d e, by torch's linear solver, number for number."""
     entries = (entry.expand(z.shape) for entry in (t, 1 - t, c, d))
     matrix = torch.stack(list(entries), -1).unflatten(-1, (2, 2))                       # (N, C, H, W, 2, 2)
     return torch.linalg.solve(matrix, torch.stack([z, u], -1)).unbind(-1)
-
 
 @pytest.mark.parametrize("target", EVERY_TARGET)
 @pytest.mark.parametrize("loss", ["u", "x", "eps", "v"])
@@ -363,7 +344,6 @@ def test_velocity_and_loss_are_those_of_the_solved_x_and_e(target, loss):
     torch.testing.assert_close(kdiff.loss(x, None, t, e), errors[loss].square().mean(), atol=1e-10, rtol=1e-5)
     torch.testing.assert_close(kdiff.velocity(u_hat, z, t), x_hat - e_hat, atol=1e-10, rtol=1e-5)
 
-
 @pytest.mark.parametrize("target, c, d", [
     ("x", 1, 0), ("v", 1, -1), ("eps", 0, -1), ("0.3", 0.3, -0.7), ("k", 0.5, -0.5), ("two", 0.5, -0.5),
     ("time", 0.5, -0.5), ("channel", 0.5, -0.5)])
@@ -376,7 +356,6 @@ def test_targets_are_those_of_the_table(target, c, d):
     ks = {name: k.item() for name, k in kdiff.ks().items()}
     assert ks == pytest.approx({name: c / (c - d) for name in names})
 
-
 def test_edm_is_what_the_input_does_not_tell_and_asym_has_noise_in_eight_channels():
     """E[u z] = c t + d (1-t) = 0 for white data, at c^2 + d^2 = 1; u = x - e in eight channels, then x."""
     t = torch.linspace(0, 1, 11)
@@ -384,7 +363,6 @@ def test_edm_is_what_the_input_does_not_tell_and_asym_has_noise_in_eight_channel
     assert (c * t + d * (1 - t)).abs().max() < 1e-6 and (c * c + d * d - 1).abs().max() < 1e-6
     c, d = KDiff(None, "asym", num_classes=10, channels=10).coefficients(t)
     assert (c == 1).all() and d[3].flatten().tolist() == [-1] * 8 + [0] * 2
-
 
 def test_one_clamp_bounds_loss_and_velocity():
     """At t = 1 x-prediction divides by tau in both; its own x-loss stays the plain MSE."""
@@ -398,7 +376,6 @@ def test_one_clamp_bounds_loss_and_velocity():
     eps = kdiff_for("eps", u_hat, tau=0.05, loss="eps")
     torch.testing.assert_close(eps.loss(x, None, 0 * one, e), (u_hat + e).square().mean())
 
-
 def test_k_of_t_is_linear_between_its_129_points():
     """At the end points the sigmoid of their w, half-way their mean; the k told is their mean."""
     w = torch.randn(129)
@@ -408,7 +385,6 @@ def test_k_of_t_is_linear_between_its_129_points():
     kdiff = KDiff(None, "time", num_classes=10)
     kdiff.w.data = w
     torch.testing.assert_close(kdiff.ks()["k"], k.mean())
-
 
 def test_draws_follow_table_4():
     """logit(t) is normal, noise has its scale, a tenth of labels drop; each image follows its seed alone."""
@@ -426,7 +402,6 @@ def test_draws_follow_table_4():
     bare = KDiff(None, num_classes=10)
     assert (bare.t_mean, bare.t_std, bare.noise_scale, bare.tau, bare.label_drop) == (-0.8, 0.8, 1, 0.05, 0.1)
 
-
 @pytest.mark.parametrize("how, named", [
     *((dict(target=target), f"target {target!r}") for target in ("y", "2", -0.1, 1.01)),
     (dict(loss="w"), "loss 'w'"), (dict(target="two", loss="u"), "two"), (dict(target="asym"), "channels")])
@@ -434,7 +409,6 @@ def test_unknown_target_or_loss_is_named(how, named):
     """A target is a row of the table or a number in [0, 1]; a loss one of four."""
     with pytest.raises(ValueError, match=named):
         KDiff(None, num_classes=10, **how)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # objective.py: theory
@@ -461,7 +435,6 @@ def test_eq_12_equals_monte_carlo():
         expected = optimal_loss(c, dd, d, D, loss, density, tau)
         assert (weight * error).mean().item() == pytest.approx(expected, rel=0.02)
 
-
 def test_objective_py_prints_theory_beside_measurement(monkeypatch, capsys):
     """In few steps: k and loss learned for each d of D = 64; of other losses the best k; of a spectrum."""
     train, seen = objective.train_linear, []
@@ -485,7 +458,6 @@ def test_objective_py_prints_theory_beside_measurement(monkeypatch, capsys):
     common = [float(words[-1]) for words in numbers if words[:2] == ["noise", "of"]]
     assert common == pytest.approx([8 / (8 + 9.41 / sigma ** 2) for sigma in (0.7, 1, 2)], abs=6e-4)
 
-
 def test_modes_of_w_relax_at_their_two_rates():
     """Eq. (9): W_par and W_perp follow exponentials of rates <a^2+b^2> = 2/3 and <b^2> = 1/3 to Eq. (11)."""
     modes, rate = {}, 0.05
@@ -496,7 +468,6 @@ def test_modes_of_w_relax_at_their_two_rates():
     for n in (20, 60, 300):
         assert modes["x", n][0] == pytest.approx(0.75 * (1 - math.exp(-n * rate * 2 / 3)), abs=0.02)
         assert modes["v", n][1] == pytest.approx(-1.5 * (1 - math.exp(-n * rate / 3)), abs=0.02)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # data.py
@@ -509,14 +480,12 @@ def test_item_i_of_shapes_is_always_the_same_image():
         assert a[i][0].dtype == torch.uint8 and torch.equal(a[i][0], b[i][0])
     assert not torch.equal(a[0][0], a[8][0]) and not torch.equal(a[0][0], Shapes(1, 32, seed=1)[0][0])
 
-
 TIP = 1.1 * math.sin(0.4) / math.sin(0.4 + math.pi / 5)                      # a star's notch
 X, Y = np.meshgrid(*[np.linspace(-1, 1, 1001)] * 2)
 AREA = {"disc": math.pi * 0.9 ** 2, "square": 1.6 ** 2, "triangle": 1.56 * 0.78 / 0.866,
         "ring": math.pi * (0.97 ** 2 - 0.53 ** 2), "cross": 2 * 2 * 0.56 - 0.56 ** 2,
         "star": 10 * 0.5 * 1.1 * TIP * math.sin(math.pi / 5), "ellipse": math.pi * 1.1 * 0.5,
         "moon": 4 * ((np.hypot(X, Y) < 0.95) & (np.hypot(X - 0.55, Y) > 0.85)).mean()}
-
 
 @pytest.mark.parametrize("size", [32, 96])
 def test_shapes_have_the_areas_places_and_hues_of_their_factors(size):
@@ -540,7 +509,6 @@ def test_shapes_have_the_areas_places_and_hues_of_their_factors(size):
             slope = 2 * (covered * dx * dy).sum() / ((covered * dx ** 2).sum() - (covered * dy ** 2).sum())
             assert math.atan(slope) / 2 == pytest.approx(0.5 * (angle - 0.5), abs=0.02)
 
-
 @pytest.fixture
 def photos(tmp_path):
     """A folder of images of many kinds: modes, sizes, formats, EXIF, links, names."""
@@ -563,7 +531,6 @@ def photos(tmp_path):
     (root / ".hidden" / "no.png").write_text("no image")
     return root
 
-
 def test_folders_of_odd_images_are_read(photos, tmp_path):
     """Every mode becomes RGB, EXIF turns, 16 bits become 8, subfolders are classes, names keep letters."""
     data = ImageFolder(photos, 32)
@@ -579,7 +546,6 @@ def test_folders_of_odd_images_are_read(photos, tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(tmp_path / "clear.png")   # a fifth of red on white
     assert read_image(tmp_path / "clear.png").getpixel((1, 1)) == (255, 204, 204)
 
-
 def test_crop_is_adms():
     """For an image that halves exactly: the mean of 2x2 blocks, then Pillow's bicubic, then the centre."""
     pixels = noise(160, 208, 3)
@@ -592,7 +558,6 @@ def test_crop_is_adms():
     assert np.array_equal(crop(half, 80), half.crop((12, 0, 92, 80)))          # halving stops at its size
     assert crop(Image.fromarray(pixels[:20, :30]), 64).size == (64, 64)       # enlarged
 
-
 def test_order_is_one_permutation_after_the_other():
     """Batches of 8 from 11 images: positions in a chain of permutations for any start and process count."""
     chain = [item for batch in Order(11, 8, 3, 0, 22) for item in batch]
@@ -603,7 +568,6 @@ def test_order_is_one_permutation_after_the_other():
     assert [item for a, b in zip(*two) for item in a + b] == chain
     assert [i for _, i in chain[:11]] != [i for _, i in chain[11:22]]          # epochs differ, and seeds
     assert next(iter(Order(11, 8, 4, 0, 1))) != chain[:8]
-
 
 def test_flips_follow_seed_epoch_and_index(photos):
     """A key (epoch, i) is mirrored or not, half of the time, and always the same."""
@@ -616,7 +580,6 @@ def test_flips_follow_seed_epoch_and_index(photos):
     assert flipped() != first
     data.flips = False
     assert not any(flipped())
-
 
 def test_packed_array_gives_the_folders_images(photos, tmp_path, capsys):
     """pack, then read through the memory map: same pixels, labels, class names, mirror images."""
@@ -637,7 +600,6 @@ def test_packed_array_gives_the_folders_images(photos, tmp_path, capsys):
         with pytest.raises(UserError, match=name):
             open_dataset(tmp_path / "p.npy", 24)
 
-
 def test_loading_processes_are_sent_a_place_not_the_bytes(tmp_path):
     """A megabyte of packed images or latents pickles to less than 10 kB, and the copy reads the same."""
     records = np.zeros(400, [("image", "u1", (3, 32, 32)), ("label", "<i8")])
@@ -656,14 +618,12 @@ def test_loading_processes_are_sent_a_place_not_the_bytes(tmp_path):
         assert np.array_equal(copy[7][0], image) and copy[7][1] == whole[7][1]
         assert torch.equal(copy.item(3, True)[0], whole.item(3, True)[0])
 
-
 def save_arrays(folder, parts, **meta):
     """Latents as `data.py encode` writes them."""
     for name, array in parts.items():
         np.save(folder / f"{name}.npy", array)
     channels = parts["latents"].shape[1]
     (folder / "meta.json").write_text(json.dumps({"mean": [0.0] * channels, "std": [1.0] * channels} | meta))
-
 
 def save_safetensors(folder, parts, name="latents_rank00_shard000.safetensors"):
     """One shard, byte by byte as the format's specification has it, and statistics; returns the bytes."""
@@ -677,7 +637,6 @@ def save_safetensors(folder, parts, name="latents_rank00_shard000.safetensors"):
     statistic = torch.ones(1, parts["latents"].shape[1], 1, 1)
     torch.save({"mean": 0 * statistic, "std": statistic}, folder / "latents_stats.pt")
     return content
-
 
 def test_safetensors_are_read_and_what_does_not_fit_is_named(tmp_path):
     """Two shards; cut short, parts that do not fit together or the other shard, no statistics: one line."""
@@ -704,7 +663,6 @@ def test_safetensors_are_read_and_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError, match="mean and std of its 4 channels"):
         Latents(tmp_path)
 
-
 def test_patch_pca_round_trip_is_the_orthogonal_projection():
     """The projection of an SVD; with all channels the identity; more than a patch has is refused."""
     images = torch.randn(200, 3, 8, 8) @ torch.randn(8, 8)
@@ -721,7 +679,6 @@ def test_patch_pca_round_trip_is_the_orthogonal_projection():
     with pytest.raises(UserError, match="48 values"):
         PatchPCA.fit(images, 4, 49)
 
-
 def test_codec_scales_once_and_back():
     """Pixels: [-1, 1] and rounding; latents: (z - mean) / std and its inverse."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
@@ -735,12 +692,10 @@ def test_codec_scales_once_and_back():
     codec = Codec(pca, torch.randn(1, 48, 1, 1), torch.rand(1, 48, 1, 1) + 0.5)
     assert codec.decodes and (codec.decode(codec.encode(images)).int() - images.int()).abs().max() <= 1
 
-
 @pytest.fixture
 def small_vavae(monkeypatch):
     """VA-VAE of a quarter of the width: a fiftieth of its weights, the same shapes of latents."""
     monkeypatch.setattr(model.Autoencoder.__init__, "__defaults__", ((32, 32, 32, 32, 32), 32))
-
 
 # ------------------------------------------------------------------------------------------------------------
 # sample.py
@@ -753,13 +708,11 @@ def test_heun_converges_at_second_order_and_euler_at_first():
                   for n in (40, 80)]
         assert errors[0] / errors[1] == pytest.approx(factor, rel=0.1)
 
-
 def test_fifty_heun_steps_take_99_evaluations():
     """The last step is Euler; times go from 0 to the last grid point before 1."""
     times = []
     integrate(lambda z, t: times.append(t.item()) or z, torch.zeros(1))
     assert len(times) == 99 and times[0] == 0 and max(times) == pytest.approx(0.98)
-
 
 class Echo(torch.nn.Module):
     """Predicts its label's number; keeps the batch sizes and times it was asked for."""
@@ -772,7 +725,6 @@ class Echo(torch.nn.Module):
         self.calls.append((len(z), t[0].item()))
         return y.float().view(-1, 1, 1, 1).expand_as(z)
 
-
 @pytest.mark.parametrize("interval, first, last, scale", [
     ((0.1, 1.0), 6, 49, 3), ((0.0, 1.0), 0, 49, 3), ((0.3, 0.5), 16, 24, 3), ((0.0, 1.0), 50, 0, 1)])
 def test_guidance_acts_strictly_inside_its_interval(interval, first, last, scale):
@@ -783,7 +735,6 @@ def test_guidance_acts_strictly_inside_its_interval(interval, first, last, scale
     assert found == [-5.0 if first <= i <= last else 1.0 for i in range(50)]     # 4 + 3 (1 - 4), or 1
     assert [n for n, _ in net.calls] == [2 if first <= i <= last else 1 for i in range(50)]
     assert [t for _, t in net.calls] == pytest.approx([i / 50 for i in range(50)])
-
 
 def test_samples_follow_their_index_alone():
     """Batch size and the images beside it change no pixel by more than one level; the seed changes them."""
@@ -797,7 +748,6 @@ def test_samples_follow_their_index_alone():
     others = generate(kdiff, Codec(), shape, classes, range(5), **how, seed=1).int()
     assert (together - others).abs().max() > 8 and (together[0] - together[4]).abs().max() > 8
 
-
 def test_jit_loss_and_sampler_give_the_published_numbers():
     """Recorded from the official JiT: its loss, and six guided steps of both solvers (one pixel, norm)."""
     kdiff = KDiff(fill(JiT(**TINY_JIT)), "x", num_classes=10, noise_scale=1.0, tau=0.05)
@@ -810,7 +760,6 @@ def test_jit_loss_and_sampler_give_the_published_numbers():
             z = integrate(guided(kdiff, labels, 2.9, (0.1, 1.0)), z0, 6, solver)
             assert z[:, 1, 5, 7].tolist() == pytest.approx(pixels, abs=2e-5)
             assert z.norm().item() == pytest.approx(norm, rel=1e-5)
-
 
 def test_published_jit_files_load_and_sample(tmp_path):
     """With the training script's extras (a pickled Namespace, an optimizer); ema1, or ema2 where chosen."""
@@ -835,7 +784,6 @@ def test_published_jit_files_load_and_sample(tmp_path):
     with pytest.raises(UserError, match="not a JiT-wide/8 whose weights fit"):
         load(path, model="JiT-wide/8")
 
-
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_published_dit_files_load_with_their_statistics(tmp_path, qk_norm):
     """Flat weights under "ema"; mean and std of the latents come beside them; without, one line says so."""
@@ -853,7 +801,6 @@ def test_published_dit_files_load_with_their_statistics(tmp_path, qk_norm):
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "alien.pt")
     with pytest.raises(UserError, match="alien.pt: not a checkpoint of ours, JiT or LightningDiT"):
         load(tmp_path / "alien.pt")
-
 
 def test_curves_are_drawn_where_their_numbers_are(tmp_path):
     """Two panels, each in its own scale: a line from corner to corner; from -50 to 50, without the NaN."""
@@ -873,7 +820,6 @@ def test_curves_are_drawn_where_their_numbers_are(tmp_path):
     assert np.flatnonzero(grey[:, 80:140].all(1)).tolist() == [40, 98, 157, 216, 275, 334]
     assert np.flatnonzero(grey[300:334, :560].mean(0) > 0.8).tolist() == [64, 159, 254, 349, 444, 540]
 
-
 def test_grid_shows_each_image_in_its_row(tmp_path):
     """Six images of 8 px in rows of three, enlarged without blur, the rows' names before them."""
     images = torch.from_numpy(noise(6, 3, 8, 8))
@@ -889,7 +835,6 @@ def test_grid_shows_each_image_in_its_row(tmp_path):
     sample.draw_grid(images.repeat(1, 1, 25, 25), ["a", "b"], tmp_path / "g.png", 3)
     assert Image.open(tmp_path / "g.png").size[1] == 2 * 204 + 4
 
-
 def test_classes_are_chosen_by_name_or_number():
     """A name wins over a number that it looks like; what is neither is an error that lists the names."""
     assert sample.choose_classes("b,0,2", ["a", "b", "c"]) == [1, 0, 2]
@@ -897,7 +842,6 @@ def test_classes_are_chosen_by_name_or_number():
     for word in ("3", "d", "-1"):
         with pytest.raises(UserError, match=f"--classes {word}: not a label .* 0 to 2 .a, b, c."):
             sample.choose_classes(word, ["a", "b", "c"])
-
 
 # ------------------------------------------------------------------------------------------------------------
 # train.py: the loop, driven from outside
@@ -914,7 +858,6 @@ class MLP(torch.nn.Module):
         hidden = self.first(torch.cat([z.flatten(1), t[:, None]], 1)) + self.table(y)
         return self.last(F.silu(hidden)).view_as(z)
 
-
 class UNet(torch.nn.Module):
     """Down, up and a connection across; time and class as channels."""
 
@@ -929,13 +872,11 @@ class UNet(torch.nn.Module):
         marks = torch.cat([t[:, None], self.table(y)], 1)[:, :, None, None].expand(-1, -1, *z.shape[2:])
         return self.up(F.silu(self.down(torch.cat([z, marks], 1)))) + self.across(z)
 
-
 def plain_settings(**change):
     """The settings that train() reads, as anything with attributes."""
     plain = dict(steps=150, seed=0, batch_size=16, micro_batch=16, workers=0, lr=3e-3, k_lr=3.0,
                  warmup_epochs=0, clip=0.0, dtype=None)
     return SimpleNamespace(**plain | change)
-
 
 @pytest.mark.parametrize("network", [MLP, UNet])
 def test_any_network_trains_and_samples(network):
@@ -950,7 +891,6 @@ def test_any_network_trains_and_samples(network):
         images = generate(kdiff, Codec(), (3, 16, 16), [0, 5, 8], [3, 3, 3], 1.0, (0.1, 1.0), steps=4)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
     assert (images[0].int() - images[1].int()).abs().max() > 20 and images[0].float().std() > 10
-
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_a_step_is_algorithm_1_written_by_hand(clip):
@@ -993,7 +933,6 @@ def test_a_step_is_algorithm_1_written_by_hand(clip):
         assert not averaged.training
     assert torch.equal(kdiff.net.last.weight, raw) and kdiff.training
 
-
 def test_bfloat16_and_checkpointing_follow_float32():
     """Ten steps of a JiT: bfloat16 autocast within noise of float32, recomputed activations equal."""
     curves = {}
@@ -1009,14 +948,12 @@ def test_bfloat16_and_checkpointing_follow_float32():
     assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=0.05)
     assert curves["bfloat16"] != curves["float32"]
 
-
 # ------------------------------------------------------------------------------------------------------------
 # train.py: settings
 
 def settings_of(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     return train.parse()
-
 
 def test_presets_are_table_4(monkeypatch):
     """The paper's numbers for both spaces, 512 pixels, and tau where Delta vanishes; a flag overrides."""
@@ -1039,7 +976,6 @@ def test_presets_are_table_4(monkeypatch):
     latent = settings_of(monkeypatch, "--space", "latent", "--target", "0.5")
     assert (latent.tokenizer, latent.preset, str(latent.out)) == ("pca", "demo", "out/latent-0.5")
 
-
 def test_settings_that_hang_on_data_are_filled_in(monkeypatch):
     """Steps from epochs, the largest micro batch that divides, the longest average that forgets the start."""
     monkeypatch.setattr(train, "WORLD", 2)
@@ -1061,7 +997,6 @@ def test_settings_that_hang_on_data_are_filled_in(monkeypatch):
         with pytest.raises(UserError, match=message):
             settled(words)
 
-
 # ------------------------------------------------------------------------------------------------------------
 # train.py: as a command
 
@@ -1073,13 +1008,11 @@ def launch(words, processes):
     return dict(args=[sys.executable, *torchrun, *map(str, words)], text=True, cwd=HERE,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
 
-
 def command(*words, processes=None, status=0):
     """Run one of our scripts to its end; returns what it printed, its errors last."""
     done = subprocess.run(**launch(words, processes), capture_output=True, timeout=150)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
-
 
 @pytest.fixture
 def call(monkeypatch, capsys):
@@ -1097,7 +1030,6 @@ def call(monkeypatch, capsys):
         assert ended == status, said
         return said
     return call
-
 
 TINY = ("train.py", "--batch_size", 8, "--samples", 0, "--log_every", 1, "--model", "JiT-narrow/8")
 
@@ -1141,7 +1073,6 @@ def main():
 data.run(main)
 """
 
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes under torchrun made of five tasks: (folder, what they printed)."""
@@ -1158,7 +1089,6 @@ def two(tmp_path_factory):
     return folder, command(folder / "two.py", folder / "photos", folder / "vavae.pt", folder, processes=2,
                            status=1)
 
-
 def test_two_processes_and_micro_batches_equal_one_process(two, call, tmp_path):
     """Same global batch: three steps agree to float tolerance, weights, averages, k and logged loss alike."""
     call(*TINY, "--steps", 3, "--out", tmp_path)
@@ -1169,7 +1099,6 @@ def test_two_processes_and_micro_batches_equal_one_process(two, call, tmp_path):
     assert len(logs[0]) == 3 and logs[0] == pytest.approx(logs[1], rel=1e-4) and one["model"]["w"] != 0
     assert two[1].count("step 3/3 | ") == 1 and "8 = 2 processes x 2 micro batches x 2 images" in two[1]
 
-
 def test_step_that_is_not_finite_on_one_process_changes_nothing_on_any(two):
     """Neither weights nor averages nor moments; all are told by the norm, stay equal and go on."""
     said = re.findall(r"rank (\d) step (\d) norm (\S+) sums (.*)", two[1])
@@ -1178,7 +1107,6 @@ def test_step_that_is_not_finite_on_one_process_changes_nothing_on_any(two):
     assert [told[0, step][0] for step in (1, 2, 3)] == [True, False, True]
     assert told[0, 1][1] == told[0, 2][1] != told[0, 3][1]
 
-
 def test_process_that_is_asked_to_stop_stops_all_after_the_same_step(two, call):
     """One of two got SIGTERM: both saved step 3, a line says so, and the same command goes on there."""
     folder = two[0] / "stopped"
@@ -1186,7 +1114,6 @@ def test_process_that_is_asked_to_stop_stops_all_after_the_same_step(two, call):
     assert "exitcode  : 143" in two[1] and not re.search(r"File .*(train|data).py", two[1])
     assert f"resuming from {folder / 'ckpt.pt'} at step 3" in call(*TINY, "--steps", 4, "--out", folder)
     assert read_log(folder, "step")[0] == [1, 2, 3, 4]
-
 
 def test_samples_of_two_processes_make_one_file(two, call, tmp_path):
     """An npz of images, labels going round, and settings: the same as one process makes; or a folder."""
@@ -1203,7 +1130,6 @@ def test_samples_of_two_processes_make_one_file(two, call, tmp_path):
     assert names == [*(f"{i:06}_{i % 8}.png" for i in range(9)), "settings.json"]
     assert "pngs holds " in call(*words, 9, "--out", tmp_path / "pngs", status=2)
 
-
 def test_latents_of_two_processes_are_posterior_samples(two, small_vavae):
     """Mean and spread of the posterior, each with noise of its own, mirror images, statistics, labels."""
     data, images = open_dataset(two[0] / "latents", None), ImageFolder(two[0] / "photos", 32)
@@ -1218,7 +1144,6 @@ def test_latents_of_two_processes_are_posterior_samples(two, small_vavae):
     for ours, statistic in ((data.mean, np.mean), (data.std, np.std)):
         assert ours.flatten().tolist() == pytest.approx(statistic(both, (0, 1, 3, 4)), abs=1e-3)
     assert {data[i][1] for i in range(9)} == {0} and data.classes == ["photos"] and data.shape == (32, 2, 2)
-
 
 def test_latents_are_trained_on_resumed_and_sampled(two, small_vavae, call, tmp_path):
     """A run on encoded latents; pictures need the tokenizer; a folder without meta.json is half-written."""
@@ -1244,7 +1169,6 @@ def test_latents_are_trained_on_resumed_and_sampled(two, small_vavae, call, tmp_
     with pytest.raises(UserError, match="meta.json"):
         open_dataset(tmp_path / "copy", None)
 
-
 def test_demo_in_latents_whitens_them(call, tmp_path):
     """The patches' components of the shapes, of mean 0 and std 1; the checkpoint holds what decodes them."""
     call(*TINY[:-2], "--space", "latent", "--steps", 1, "--out", tmp_path)
@@ -1254,7 +1178,6 @@ def test_demo_in_latents_whitens_them(call, tmp_path):
     assert it.shape == tuple(x.shape[1:]) == (16, 4, 4)
     assert x.mean((0, 2, 3)).abs().max() < 0.2 and (x.std((0, 2, 3)) - 1).abs().max() < 0.2
     assert (it.codec.decode(x).float() - images).abs().mean() < 10
-
 
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(call, tmp_path):
     """2 + 2 steps against 4: model, averages, optimizer; each step is logged once; a finished run says so."""
@@ -1280,7 +1203,6 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(call, tmp_path):
                        ("--model JiT-wide/8", "model JiT-narrow/8, not JiT-wide/8")):
         assert f"with {said}" in call(*TINY, *word.split(), "--out", tmp_path / "halves", status=2)
 
-
 def test_short_demo_raises_k_and_writes_its_files(call, tmp_path, monkeypatch):
     """Forty steps of the pixel demo move k from 0.5 past 0.6; pictures and log are there; it samples."""
     assert " s a step here " in call(*TINY, "--dry_run", "--out", tmp_path / "none")
@@ -1304,7 +1226,6 @@ def test_short_demo_raises_k_and_writes_its_files(call, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "k.png").size == (560, 380)
     assert "column 'q'" in call("sample.py", tmp_path, "--plot", "q", status=2)
 
-
 @pytest.mark.parametrize("target, columns", [
     ("two", ("k1", "k2", "k")), ("time", ("k",)), ("channel", ("k", "k_min", "k_max"))])
 def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatch, target, columns):
@@ -1327,7 +1248,6 @@ def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatc
         assert [row[0] for row in rows] == list(range(192)) and rows[0][1] > 20 * rows[50][1]
         assert sum(row[1] for row in rows) == pytest.approx(total, rel=0.1)
         assert min(row[2] for row in rows) == pytest.approx(logged[1], abs=1e-5)
-
 
 def test_samples_are_measured_once(call, tmp_path, monkeypatch):
     """fid.csv has a row per setting, as fid.py finds it for the same samples in a file; fid.png the curve."""
@@ -1357,7 +1277,6 @@ def test_samples_are_measured_once(call, tmp_path, monkeypatch):
     distance = float(re.search(r"pixel distance (\S+)", said)[1])
     assert distance == pytest.approx(float(rows[1]["pixel_distance"]), rel=1e-3)
 
-
 def test_init_with_other_classes_starts_the_table_of_labels_anew(call, tmp_path):
     """All other weights are the checkpoint's default average; another target starts its own w; it is told."""
     call(*TINY, "--steps", 2, "--out", tmp_path / "source")
@@ -1376,7 +1295,6 @@ def test_init_with_other_classes_starts_the_table_of_labels_anew(call, tmp_path)
         other = {key for key in source if not torch.equal(ours[key], source[key])}
         assert told in said and said.count("--init ") == 1 and other == {anew}
     assert "not a JiT-wide/8" in call(*words, tmp_path / "no", "--model", "JiT-wide/8", status=2)
-
 
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: network
@@ -1435,7 +1353,6 @@ def plain_inception(images, state):
     weight("fc.bias", 1008)
     return pool3, pool3 @ weight("fc.weight", 1008, pool3.shape[1]).T
 
-
 def test_inception_agrees_with_plain_layers(tmp_path):
     """One side enlarged, one shrunk; keys as published (a checksum); train() and autocast change nothing."""
     images, state, path = torch.from_numpy(noise(2, 3, 40, 333)), {}, tmp_path / "random.pth"
@@ -1453,7 +1370,6 @@ def test_inception_agrees_with_plain_layers(tmp_path):
         with pytest.raises(UserError, match="random.pth: not FID's Inception"):
             fid.Inception(path)
 
-
 @pytest.mark.parametrize("size", [17, 299, 512])
 def test_resize_reads_source_i_n_over_299(size):
     """A ramp, in either direction, stays a ramp; past the last pixel it is flat."""
@@ -1462,14 +1378,12 @@ def test_resize_reads_source_i_n_over_299(size):
     for out in (fid.resize(ramp)[0, 1], fid.resize(ramp.mT)[0, 1].T):
         assert np.abs(out.numpy() - expected).max() < 1e-4
 
-
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: distances
 
 def covariance(n, dim, seed, scale=1.0):
     x = np.random.RandomState(seed).randn(n, dim) * np.linspace(1, 0.1, dim) * scale
     return x, x.mean(0), np.cov(x, rowvar=False)
-
 
 def test_frechet_distance_has_its_closed_forms():
     """Equal covariances: |mu1 - mu2|^2. aa I, bb I: D (a - b)^2. Commuting: the roots' squared distance."""
@@ -1482,7 +1396,6 @@ def test_frechet_distance_has_its_closed_forms():
     distance = fid.frechet_distance(mu, turn * a @ turn.T, mu, turn * b @ turn.T)
     assert distance == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum(), rel=1e-9)
     assert fid.frechet_distance(np.ones(5), np.zeros((5, 5)), np.zeros(5), np.zeros((5, 5))) == 5
-
 
 @pytest.mark.parametrize("n", [10, 100, 101, 102, 300])
 @pytest.mark.parametrize("m", [80, 400])
@@ -1498,7 +1411,6 @@ def test_frechet_distance_is_exact_at_every_rank(n, m):
     assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-10)
     assert fid.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(expected, rel=1e-10)
 
-
 def test_frechet_distance_refuses_what_is_no_statistics():
     """Other shapes, NaN, infinity, on either side."""
     mu, sigma = good = np.zeros(4), np.eye(4)
@@ -1507,7 +1419,6 @@ def test_frechet_distance_refuses_what_is_no_statistics():
         for four in ((*good, *bad), (*bad, *good)):
             with pytest.raises(UserError):
                 fid.frechet_distance(*four)
-
 
 def test_inception_score_is_the_mean_kl_of_uneven_splits():
     """By loops over 103 rows in 10 splits of 10 and 11; 1 where all agree, K for K certain classes."""
@@ -1526,7 +1437,6 @@ def test_inception_score_is_the_mean_kl_of_uneven_splits():
     with pytest.raises(UserError):
         fid.inception_score(torch.zeros(9, 5))
 
-
 @pytest.mark.parametrize("sizes", [[1] * 60, [60], [7, 20, 33]])
 def test_streamed_statistics_equal_one_pass(sizes):
     """numpy's mean and cov for every way to cut the stream, around a mean a million times the spread."""
@@ -1537,7 +1447,6 @@ def test_streamed_statistics_equal_one_pass(sizes):
     mu, sigma, n = statistics.finish()
     assert n == 60 and np.abs(mu - x.mean(0)).max() < 1e-8
     assert np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-8
-
 
 # ------------------------------------------------------------------------------------------------------------
 # fid.py: evaluation
@@ -1567,7 +1476,6 @@ def main():
 run(main)
 """
 
-
 def test_evaluation_does_not_depend_on_processes_batches_or_their_order(tmp_path, capsys):
     """Distance and score of 53 images at once, in batches of 10, the last first, and on two processes."""
     stub = {}
@@ -1585,7 +1493,6 @@ def test_evaluation_does_not_depend_on_processes_batches_or_their_order(tmp_path
     said = command(tmp_path / "split.py", processes=2).splitlines()[0]
     assert json.loads(said) == pytest.approx(expected, rel=1e-7)
 
-
 @pytest.fixture
 def samples(tmp_path):
     """12 shapes of 32 px as PNGs in two folders, an array in a zip, stored or deflated, a packed array."""
@@ -1600,7 +1507,6 @@ def samples(tmp_path):
     data.pack(tmp_path / "png", 32, tmp_path / "packed.npy")
     return tmp_path, images
 
-
 @pytest.mark.parametrize("name", ["png", "stored.npz", "deflated.npz", "packed.npy"])
 def test_every_kind_of_file_gives_the_same_images(samples, monkeypatch, name):
     """All, and the middle one of three processes' shares, in batches that do not divide it."""
@@ -1614,7 +1520,6 @@ def test_every_kind_of_file_gives_the_same_images(samples, monkeypatch, name):
     batches, indices = zip(*source.batches(3))
     assert torch.equal(torch.cat(batches), images[4:8]) and indices == (4, 7)
 
-
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_is_streamed(tmp_path, save):
     """Reading 6 MB in batches of 0.2 MB never holds 2 MB, deflated or not."""
@@ -1624,7 +1529,6 @@ def test_npz_is_streamed(tmp_path, save):
     total, peak = sum(int(batch.sum()) for batch, _ in source.batches(16)), tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert total > 0 and peak < 2e6
-
 
 def fid_command(monkeypatch, capsys, *words):
     """What `python fid.py ...` prints, its errors, and its exit status."""
@@ -1636,7 +1540,6 @@ def fid_command(monkeypatch, capsys, *words):
         status = exit.code
     said = capsys.readouterr()
     return said.out, [line for line in said.err.splitlines() if not line.startswith("images ")], status
-
 
 def test_reference_is_written_used_and_told(samples, monkeypatch, capsys):
     """Samples are 0 from their own reference, elsewhere not; hash and settings are printed, `FID` is not."""
@@ -1659,11 +1562,10 @@ def test_reference_is_written_used_and_told(samples, monkeypatch, capsys):
             for name in ("ref.npz", "packed.npy", "published.npz")]
     distances = [float(re.search(r"pixel distance (\S+)", text)[1]) for text in said]
     assert distances[0] > 1 and distances == pytest.approx([distances[0]] * 3, rel=1e-5)
-    _, errors, status = fid_command(monkeypatch, capsys, folder / "ref.npz", folder / "ref.npz", *words)
-    assert status == 2 and "ref.npz: no images" in errors[0]
+    out, _, status = fid_command(monkeypatch, capsys, folder / "published.npz", folder / "ref.npz", *words)
+    assert status == 0 and abs(float(re.search(r"pixel distance (\S+)", out)[1])) < 1e-6
     with pytest.raises(UserError, match="stored.npz: images.*--make_ref"):
         fid.load_reference(str(folder / "stored.npz"), "pixels")
-
 
 def test_fid_of_few_images_comes_with_a_warning(capsys):
     """Fewer than 2,048 of either; published references do not tell, and the pixel distance needs none."""
@@ -1673,7 +1575,6 @@ def test_fid_of_few_images_comes_with_a_warning(capsys):
         fid.show(result, fid.Source("ref.npz", n), fid.WEIGHTS)
         out = capsys.readouterr().out
         assert ("warning" in out) == warns and ("FID 3" in out) == ("fid" in result)
-
 
 MU, SIGMA = np.zeros(768), np.eye(768)
 UNFIT = {                                    # what to write, as an .npz where arrays; what the error names
@@ -1692,7 +1593,6 @@ UNFIT = {                                    # what to write, as an .npz where a
     "size.npz": (dict(mu=MU, sigma=SIGMA, image_size=64), r"\(64, 64\).*\(32, 32\)|\(32, 32\).*\(64, 64\)"),
     "huge.npz": ((10 ** 9, 512, 512, 3), "1000000000"),
     "single": ([32], "fewer than 2"), "mixed": ([32, 33], "1.png is 32x33, .*0.png is 32x32")}
-
 
 @pytest.mark.parametrize("name", UNFIT)
 def test_unfit_samples_and_references_get_one_line(samples, monkeypatch, capsys, name):
@@ -1716,7 +1616,6 @@ def test_unfit_samples_and_references_get_one_line(samples, monkeypatch, capsys,
         assert status == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
         assert name in errors[0] and re.search(named, errors[0]), errors
 
-
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """12 features in the place of Inception's; files of weights a and b, of which a is the published one."""
@@ -1728,13 +1627,15 @@ def stub(monkeypatch, tmp_path):
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(fid, "WEIGHTS", fid.sha256(tmp_path / "a.pth"))
 
-
 def test_other_weights_are_refused(samples, stub, monkeypatch, capsys):
-    """A file of another hash; a reference made with others; both hashes are those of the files."""
+    """A file of another hash, unless asked for, with a warning; a reference made with others."""
     folder, _ = samples
     words = ("--make_ref", folder / "png", "--image_size", 32, "--out", folder / "ref.npz", "--weights")
     _, errors, status = fid_command(monkeypatch, capsys, *words, folder / "b.pth")
     assert status == 2 and len(errors) == 1 and "b.pth: not FID's weights" in errors[0]
+    out, _, status = fid_command(monkeypatch, capsys, folder / "png", folder / "png", "--any_weights", "--weights",
+                                 folder / "b.pth")
+    assert status == 0 and "WARNING: not FID's own" in out
     assert fid_command(monkeypatch, capsys, *words, folder / "a.pth")[2] == 0
     words = (folder / "png", folder / "ref.npz", "--weights")
     out, _, status = fid_command(monkeypatch, capsys, *words, folder / "a.pth")
@@ -1743,7 +1644,6 @@ def test_other_weights_are_refused(samples, stub, monkeypatch, capsys):
     monkeypatch.setattr(fid, "WEIGHTS", fid.sha256(folder / "b.pth"))
     _, errors, status = fid_command(monkeypatch, capsys, *words, folder / "b.pth")
     assert status == 2 and len(errors) == 1 and "ref.npz: made with other weights" in errors[0]
-
 
 def test_weights_are_downloaded_once_and_only_if_right(stub, tmp_path, monkeypatch):
     """By one process of a machine; a wrong answer is not stored; without network one line tells where."""
@@ -1774,12 +1674,10 @@ def test_weights_are_downloaded_once_and_only_if_right(stub, tmp_path, monkeypat
     assert fid.make_extractor("inception").sha256 == fid.make_extractor("inception").sha256 == fid.WEIGHTS
     assert len(asked) == 3
 
-
 # ------------------------------------------------------------------------------------------------------------
 # Faults: interruptions, lost processes, full disks, files that are not what they say
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes there")
-
 
 def start(*words, processes=None, wait_for=None):
     """Start a script, its processes marked in their environment; return it once it has printed wait_for."""
@@ -1793,7 +1691,6 @@ def start(*words, processes=None, wait_for=None):
     assert not wait_for, f"it ended before it printed {wait_for}"
     return process
 
-
 def alive(mark, *words):
     """The ids of processes whose environment holds MARK=mark and these words."""
     found = []
@@ -1805,7 +1702,6 @@ def alive(mark, *words):
         if all(word.encode() in environment for word in (f"MARK={mark}", *words)):
             found.append(int(entry.name))
     return sorted(found)
-
 
 def ending(process, status, began=None):
     """What a process printed; asserts that it and all it started end in 10 s from began or an error line."""
@@ -1821,7 +1717,6 @@ def ending(process, status, began=None):
     assert not re.search(r"File .*(train|data|sample).py", "".join(said)), "".join(said)
     return "".join(said)
 
-
 @pytest.fixture
 def nine(tmp_path):
     """Nine images of 16 px, and the words that train on them for ever with two loading processes."""
@@ -1829,7 +1724,6 @@ def nine(tmp_path):
         Image.fromarray(noise(9, 16, 16, 3)[i]).save(tmp_path / f"{i}.png")
     return tmp_path, (*TINY, "--batch_size", 4, "--data", tmp_path, "--preset", "demo", "--image_size", 16,
                       "--workers", 2, "--steps", 10 ** 6, "--out", tmp_path / "out")
-
 
 @needs_proc
 @pytest.mark.parametrize("processes", [None, 2])
@@ -1842,7 +1736,6 @@ def test_damaged_image_ends_everything_with_one_line(nine, processes):
     assert len(named) == 1 and named[0].startswith("error: ") and "not a readable image" in named[0]
     assert processes or said.count("error: ") == 1 and "Traceback" not in said
 
-
 @needs_proc
 def test_killed_loading_process_ends_the_run_with_a_line(nine):
     """As the kernel does where memory is short."""
@@ -1851,7 +1744,6 @@ def test_killed_loading_process_ends_the_run_with_a_line(nine):
     said = ending(process, 2, time.time())
     assert said.count("error: ") == 1 and "a loading process died" in said and "--workers" in said
 
-
 @needs_proc
 def test_lost_process_ends_the_others_with_a_line(nine):
     """One of two is killed, each with loading processes of its own."""
@@ -1859,7 +1751,6 @@ def test_lost_process_ends_the_others_with_a_line(nine):
     os.kill(alive(process.mark, "RANK=1")[0], signal.SIGKILL)
     said = ending(process, 1, time.time())
     assert "error: process 0 lost the others" in said
-
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_the_step_at_hand(call, tmp_path, monkeypatch, number):
@@ -1876,7 +1767,6 @@ def test_signal_saves_the_step_at_hand(call, tmp_path, monkeypatch, number):
     assert f"stopped by signal {int(number)} after step 3, saved" in said and "done" not in said
     assert load(tmp_path / "ckpt.pt").step == 3 and read_log(tmp_path, "step")[0] == [1, 2, 3]
 
-
 def test_kill_at_a_random_moment_leaves_a_loadable_checkpoint(tmp_path):
     """Of a run that saves every step, twice here, with ENDURANCE=1 fifty times: it loads and only grows."""
     steps, rng = [0], random.Random(0)
@@ -1888,7 +1778,6 @@ def test_kill_at_a_random_moment_leaves_a_loadable_checkpoint(tmp_path):
         process.communicate()
         steps.append(read_tensors(tmp_path / "ckpt.pt")["step"])
         assert steps[-1] > steps[-2]
-
 
 def test_ten_bad_steps_in_a_row_end_the_run(call, tmp_path):
     """A rate that throws the weights to 1e30: one line says what to try, and no checkpoint holds a NaN."""
@@ -1904,7 +1793,6 @@ def test_ten_bad_steps_in_a_row_end_the_run(call, tmp_path):
     with pytest.raises(UserError, match="after step 0 are not finite"):
         train.save(tmp_path / "nan.pt", state, {}, Codec(), Shapes(8, 8))
 
-
 @contextmanager
 def small_disk(size):
     """Within, no file grows beyond size bytes: a limit of this process stands for a full disk."""
@@ -1914,7 +1802,6 @@ def small_disk(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
 
 def test_full_disk_leaves_what_was_there(call, photos, tmp_path):
     """One line, exit status 2, no temporary file: the checkpoint before stays, half an array is none."""
@@ -1928,7 +1815,6 @@ def test_full_disk_leaves_what_was_there(call, photos, tmp_path):
             assert said.count("error: ") == 1 and named in said and "could not be written" in said
     assert read_tensors(tmp_path / "run" / "ckpt.pt")["step"] == 1 and not list(tmp_path.glob("run/*.tmp*"))
     assert not (tmp_path / "p.npy").exists() and not (tmp_path / "s.npz").exists()
-
 
 def test_errors_are_explained_in_one_line(monkeypatch, capsys):
     """Paths, memory, lost processes; bugs of ours keep their traceback; of two, one prints what both met."""
@@ -1954,7 +1840,6 @@ def test_errors_are_explained_in_one_line(monkeypatch, capsys):
         run(interrupt)
     assert exit.value.code == 130
 
-
 class Payload:
     """Unpickled, it would create a file."""
 
@@ -1963,7 +1848,6 @@ class Payload:
 
     def __reduce__(self):
         return (os.system, (f"touch {self.path}",))
-
 
 def test_hostile_files_are_refused_without_running_them(tmp_path):
     """Pickle payloads in checkpoints, .npy and .npz; the error names the file."""
@@ -1976,7 +1860,6 @@ def test_hostile_files_are_refused_without_running_them(tmp_path):
         with pytest.raises(UserError, match=path):
             opener(tmp_path / path)
     assert not marker.exists()
-
 
 def test_bad_images_are_named(tmp_path):
     """Cut, empty, renamed text, vanished, too long, a pipe, a decompression bomb, links in a circle, none."""
@@ -2004,7 +1887,6 @@ def test_bad_images_are_named(tmp_path):
     for path, said in (("nowhere", "no such file"), ("good.png", "not a readable array")):
         with pytest.raises(UserError, match=f"{path}: {said}"):
             open_dataset(tmp_path / path, 32)
-
 
 BAD = [
     ("train.py --batch_size 0", "--batch_size 0: at least 1"),
@@ -2035,7 +1917,6 @@ BAD = [
     ("data.py encode . --out OUT", "encode needs --tokenizer"),
 ]
 
-
 @pytest.mark.parametrize("words, named", BAD, ids=[words for words, _ in BAD])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, call, words, named):
     """The line names the flag or file; nothing is written."""
@@ -2047,7 +1928,6 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, call, words
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and named in errors[0] and said.endswith(errors[0] + "\n")
     assert not list(Path().iterdir())
-
 
 def corrupted(content, rng):
     """A copy that is cut short, has bytes overwritten, or a stretch removed or doubled."""
@@ -2062,7 +1942,6 @@ def corrupted(content, rng):
     else:
         content[at:at] = content[at:at + stretch]
     return bytes(content)
-
 
 def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
     """Images, checkpoints, arrays, latents: UserError, or read as what they still are; ENDURANCE=1: 220."""
@@ -2103,6 +1982,179 @@ def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
         opener(path)
     assert refused > i / 4
 
+# ------------------------------------------------------------------------------------------------------------
+# Beyond the paper: the spectrum of k
+
+def test_best_k_of_a_direction_is_one_over_one_plus_its_variance():
+    """Brute force: the u-loss of the best linear gain over a grid of k, integrals by sums; one k for several."""
+    t, ks = (np.arange(4000) + 0.5) / 4000, np.linspace(0, 1, 2001)[:, None]
+
+    def least(s2):
+        gain = (s2 * t * ks + (1 - t) * (ks - 1)).mean(1) / (s2 * t ** 2 + (1 - t) ** 2).mean()
+        return (s2 * (ks - gain[:, None] * t) ** 2 + (ks - 1 - gain[:, None] * (1 - t)) ** 2).mean(1)
+    for s2 in (0, 0.01, 0.3, 1, 5, 50):
+        assert ks[least(s2).argmin(), 0] == pytest.approx(k_of_direction(s2), abs=6e-4)
+    variances = (50, 5, 1, 0.3, 0.1, 0.01, 0, 0)
+    assert ks[sum(map(least, variances)).argmin(), 0] == pytest.approx(optimal_k(sum(variances), 8), abs=6e-4)
+
+def test_gradient_descent_finds_the_spectrum():
+    """One k a direction, and one for all under louder noise, trained with a linear layer on the u-loss."""
+    variances = torch.tensor([4, 1, 0.3, 0.1])
+    kdiff, _ = train_linear(variances, "channel", steps=1500, batch=256, k_rate=8.0)
+    learned = torch.sigmoid(kdiff.w.detach()).flatten().tolist()
+    assert learned == pytest.approx([1 / 5, 1 / 2, 1 / 1.3, 1 / 1.1], abs=0.02)
+    kdiff, _ = train_linear(variances / 4, steps=1500, batch=256)
+    assert kdiff.ks()["k"].item() == pytest.approx(4 / (4 + 5.4 / 4), abs=0.02)
+
+def test_k_of_innovation_minimises_the_loss_that_is_left():
+    """Against regressing each coordinate on the others, at every time, and a grid of k for the v-loss left."""
+    x = (normal("x", 4000, 6) @ normal("mix", 6, 6)).view(-1, 3, 2, 1)
+    ours = k_of_innovation(x, -0.8, 0.8, noise_scale=2.0, points=100)
+    S, ks = np.cov(x.flatten(1).double().numpy(), rowvar=False), np.linspace(0, 1, 4001)[1:-1, None]
+    t = 1 / (1 + np.exp(0.8 - 0.8 * scipy.stats.norm.ppf((np.arange(100) + 0.5) / 100)))
+    left = np.zeros((100, 6))
+    for i in range(6):
+        others = [j for j in range(6) if j != i]
+        for m, n in enumerate((2 * (1 - t) / t) ** 2):
+            cross = S[i, others]
+            left[m, i] = S[i, i] - cross @ np.linalg.solve(S[np.ix_(others, others)] + n * np.eye(5), cross)
+    left = left.reshape(100, 3, 2).mean(2)
+    for c in range(3):
+        loss = ((left[:, c] * ks ** 2 + 4 * (1 - ks) ** 2) / (ks * (1 - t) + (1 - ks) * t) ** 2).mean(1)
+        assert ours[c].item() == pytest.approx(ks[loss.argmin(), 0], abs=5e-4)
+
+def test_channels_of_pixel_space_are_all_components_of_a_patch(call, tmp_path):
+    """Orthonormal, so that noise stays white; strongest first; csv and picture; samples and resumes as any."""
+    words = (*TINY, "--image_size", 16, "--target", "channel", "--out", tmp_path)
+    assert "192 principal components" in call(*words, "--steps", 2)
+    assert "at step 2" in call(*words, "--steps", 3)
+    basis = read_tensors(tmp_path / "ckpt.pt")["data"]["pca"]["basis"]
+    torch.testing.assert_close(basis.T @ basis, torch.eye(192), atol=1e-5, rtol=0)
+    rows = [list(map(float, row)) for row in list(csv.reader(open(tmp_path / "k_of_channel.csv")))[1:]]
+    number, variance, k = (torch.tensor(column) for column in list(zip(*rows))[:3])
+    shapes = Shapes(6400, 16)
+    patches = F.pixel_unshuffle(torch.stack([shapes[i][0] for i in range(6400)]).double() / 127.5, 8)
+    values = torch.linalg.eigvalsh(torch.cov(patches.transpose(0, 1).flatten(1))).flip(0)
+    assert number.tolist() == list(range(192)) and (k != 0.5).all()
+    torch.testing.assert_close(variance[:32].double(), values[:32], rtol=0.05, atol=0)
+    assert read_log(tmp_path, "k_min")[1][-1] == pytest.approx(k.min().item(), abs=1e-5)
+    assert (tmp_path / "k_of_channel.png").exists()
+    call("sample.py", tmp_path / "ckpt.pt", "--n", 8, "--steps", 2, "--out", tmp_path / "s.png")
+
+# ------------------------------------------------------------------------------------------------------------
+# Real pictures
+
+@pytest.fixture
+def idx(tmp_path, monkeypatch):
+    """A folder of small Fashion-MNIST files whose checksums are the published ones, and their pixels."""
+    pixels, labels = noise(40, 28, 28), np.arange(40, dtype=np.uint8) % 10
+    header = b"\0\0\x08\3" + b"".join(n.to_bytes(4, "big") for n in (40, 28, 28))
+    (tmp_path / "idx").mkdir()
+    for name, content in (("images-idx3", header + pixels.tobytes()),
+                          ("labels-idx1", header[:8] + labels.tobytes())):
+        (tmp_path / "idx" / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+        monkeypatch.setitem(data.Fashion.sha256, f"train-{name}-ubyte", hashlib.sha256(content).hexdigest())
+    return tmp_path / "idx", pixels
+
+def test_fashion_is_padded_and_trains_in_both_spaces(idx, call, tmp_path):
+    """28 px in the middle of 32, grey thrice; a default folder of its own; latents by PCA."""
+    folder, pixels = idx
+    dataset = data.open_dataset("fashion", 32, folder)
+    image, label = dataset[13]
+    assert len(dataset) == 40 and dataset.classes[label] == "dress" and image.shape == (3, 32, 32)
+    assert np.array_equal(image[1, 2:30, 2:30], pixels[13]) and image.sum() == 3 * int(pixels[13].sum())
+    for space in ("pixel", "latent"):
+        call("train.py", "--space", space, "--data", "fashion", "--data_dir", folder, "--steps", 1,
+             "--batch_size", 4, "--samples", 0, "--out", tmp_path / space)
+    found = call("train.py", "--data", "fashion", "--data_dir", folder, "--dry_run")
+    assert "writes to out/pixel-fashion" in found and re.search(r"time +\S+ s a step", found)
+
+def test_bad_fashion_files_get_one_line(idx, call, monkeypatch, tmp_path):
+    """Missing, cut, of other content; no network; what is fetched is checked before it is kept."""
+    folder, _ = idx
+    words = ("train.py", "--data", "fashion", "--dry_run", "--data_dir")
+    images = folder / "train-images-idx3-ubyte.gz"
+    whole = images.read_bytes()
+    for content, said in ((whole[:-9], "not Fashion-MNIST"), (gzip.compress(b"other"), "checksum")):
+        images.write_bytes(content)
+        assert said in call(*words, folder, status=2)
+    images.unlink()
+    assert "holds no train-images" in call(*words, folder, status=2)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "is_file", lambda path: str(path).startswith(str(tmp_path)) and path.exists())
+    answers = []
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(answers.pop()))
+    for answer in ([], [b"a login page"]):
+        answers[:] = answer
+        assert "--data_dir" in call(*words[:-1], status=2) and not (tmp_path / ".cache").exists()
+    answers[:] = [(folder / "train-labels-idx1-ubyte.gz").read_bytes(), whole]
+    assert len(data.Fashion()) == len(data.Fashion()) == 40 and not answers
+
+def test_small_preset_lets_k_arrive_and_the_average_forget(tmp_path, call, monkeypatch):
+    """300 pictures of 64 px: w can pass 3, the picture's average has faded the start; Table 4 says it cannot."""
+    for i in range(300):
+        Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(train, "time_a_step", lambda *args: None)
+    words = ("train.py", "--data", tmp_path, "--dry_run")
+    small = call(*words, "--image_size", 64, "--preset", "small")
+    settings = dict(re.findall(r"(\w+)=(\S+)", small))
+    steps = int(re.search(r"steps +([\d,]+)", small)[1].replace(",", ""))
+    assert settings["model"] == "JiT-S/8" and float(settings["lr"]) * float(settings["k_lr"]) * steps > 3
+    assert float(settings["ema_default"]) ** steps < 0.01 and "preset small" not in small
+    assert "--preset small" in call(*words) and "--preset small" in call(*words, "--image_size", 64, status=2)
+
+def test_transparency_becomes_white(tmp_path):
+    """An invisible red pixel, in a PNG with alpha and in one with a transparent palette entry."""
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    image.save(tmp_path / "a.png")
+    Image.new("P", (4, 4), 0).save(tmp_path / "p.png", transparency=0)
+    assert all(np.asarray(read_image(tmp_path / name)).min() == 255 for name in ("a.png", "p.png"))
+
+def test_nearest_finds_the_copy_and_gif_shows_every_step(call, tmp_path):
+    """A shape with noise finds itself among 500; one frame a step, then the result."""
+    shapes = Shapes(500, 32)
+    images = torch.stack([shapes[i][0] for i in (3, 499, 77)])
+    noisy = (images.int() + torch.randint(-9, 9, images.shape)).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(nearest(noisy, shapes), images)
+    call(*TINY, "--steps", 1, "--out", tmp_path)
+    words = ("sample.py", tmp_path / "ckpt.pt", "--steps", 3, "--n", 8)
+    call(*words, "--gif", tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames >= 4
+    call(*words, "--nearest", "shapes", "--out", tmp_path / "n.png")
+    assert Image.open(tmp_path / "n.png").size[1] > 16 * 96
+
+# ------------------------------------------------------------------------------------------------------------
+# Machines
+
+def test_busy_cores_cost_a_thread_and_a_line(monkeypatch, capsys, tmp_path):
+    """Where a process got less than 0.7 of its threads' time, one thread goes; an idle machine keeps all."""
+    settings, threads = argparse.Namespace(batch_size=8, steps=9), []
+    state = State(KDiff(Linear(4), num_classes=1), [0.9])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    clock = {"perf_counter": 0.0, "process_time": 0.0}
+    for name in clock:
+        monkeypatch.setattr(time, name, lambda name=name: clock[name])
+    log = train.Log(tmp_path / "log.csv", state, settings, range(16))
+    for used in (1.9, 0.6):
+        state.step += 1
+        clock["perf_counter"] += 1
+        clock["process_time"] += used
+        log.add(0.5, 1.0)
+        log.write(1e-3)
+        assert threads == ([] if used > 1 else [1])
+    assert "other programs left 0.6 of 2 cores" in capsys.readouterr().out
+
+def test_without_a_compiler_networks_stay_eager(monkeypatch, capsys):
+    """One line instead of an error in the first step."""
+    def broken(*args, **kw):
+        raise RuntimeError("no compiler\nfound")
+    monkeypatch.setattr(torch, "compile", broken)
+    net = Linear(3)
+    compile_network(net)
+    assert "not compiled" in (said := capsys.readouterr().out) and said.count("\n") == 1
+    assert net(torch.ones(1, 3, 1, 1), None, None).shape == (1, 3, 1, 1)
 
 # ------------------------------------------------------------------------------------------------------------
 # README.md
@@ -2115,7 +2167,6 @@ def readme_commands():
         text = text.replace(f"${name}", value)
     return [shlex.split(call, comments=True) for call in
             re.findall(r"(?:python|torchrun|-\S+)[ =](?:HOST:29500 )?(\w+\.py[^;&|\n]*)", text)]
-
 
 def test_every_readme_command_is_understood(tmp_path, monkeypatch):
     """Its script parses its flags; each train.py among them does a dry run on small stand-ins for data."""
