@@ -3,7 +3,6 @@ import argparse
 import colorsys
 import copy
 import csv
-import email.message
 import gzip
 import hashlib
 import importlib
@@ -23,9 +22,8 @@ import sys
 import threading
 import time
 import tracemalloc
-import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from shutil import which
 from types import SimpleNamespace
@@ -49,8 +47,8 @@ import train
 from data import (VAVAE, Codec, ImageFolder, Latents, Order, PatchPCA, Shapes, UserError, crop, open_dataset,
                   pack, read_image, read_tensors, run, seed_of)
 from model import JiT
-from objective import (KDiff, Linear, equilibrium, k_of_direction, k_of_innovation, k_of_t, logit_normal, optimal_k,
-                       optimal_loss, plane, train_linear)
+from objective import (KDiff, Linear, equilibrium, k_of_direction, k_of_innovation, k_of_t, logit_normal,
+                       optimal_k, optimal_loss, plane, train_linear)
 from sample import compile_network, generate, guided, integrate, load, nearest, read_log
 from train import State
 
@@ -102,14 +100,13 @@ def plain_network(state, x, t, y, heads, p, start=None):
     """Both transformers in float64 and in plain formulas: explicit rotation matrices, softmax, loops."""
     state, x = {key: value.double() for key, value in state.items()}, x.double()
     def linear(name, v): return v @ state[name + ".weight"].flatten(1).T + state.get(name + ".bias", 0)
-    def rms(v): return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    def modulated(name, v, m, s): return rms(v) * state[name + ".weight"] * (1 + s[:, None]) + m[:, None]
+    def rms(name, v): return v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt() * state[name + ".weight"]
+    def modulated(name, v, m, s): return rms(name, v) * (1 + s[:, None]) + m[:, None]
 
     f = t.double()[:, None] * torch.tensor([10000 ** (-i / 128) for i in range(128)]).double()
     label = state["y_embedder.embedding_table.weight"][y]
     time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([f.cos(), f.sin()], 1))))
-    condition = F.silu(time + label)
-    v = F.unfold(x, p, stride=p).transpose(1, 2)
+    condition, v = F.silu(time + label), F.unfold(x, p, stride=p).transpose(1, 2)
     for name in ("x_embedder.proj", "x_embedder.proj1", "x_embedder.proj2"):
         v = linear(name, v) if name + ".weight" in state else v
     (N, T, D), h = v.shape, v.shape[2] // heads
@@ -130,7 +127,7 @@ def plain_network(state, x, t, y, heads, p, start=None):
         u = linear(b + "attn.qkv", modulated(b + "norm1", v, m[0], m[1]))
         q, k, u = u.view(N, -1, 3, heads, h).unbind(2)
         if b + "attn.q_norm.weight" in state:
-            q, k = rms(q) * state[b + "attn.q_norm.weight"], rms(k) * state[b + "attn.k_norm.weight"]
+            q, k = rms(b + "attn.q_norm", q), rms(b + "attn.k_norm", k)
         q, k = (torch.einsum("tij,nthj->nthi", turn, a) for a in (q, k))
         weights = torch.einsum("nthi,nshi->nhts", q, k).div(math.sqrt(h)).softmax(-1)
         u = torch.einsum("nhts,nshi->nthi", weights, u).flatten(2)
@@ -139,24 +136,30 @@ def plain_network(state, x, t, y, heads, p, start=None):
         v = v + m[5][:, None] * linear(b + "mlp.w3", F.silu(gate) * u)
     m = linear("final_layer.adaLN_modulation.1", condition).chunk(2, 1)
     v = linear("final_layer.linear", modulated("final_layer.norm_final", v[:, -T:], *m))
-    v = v.view(N, T, p * p, -1).transpose(2, 3).flatten(2).mT    # (p, p, C) to (C, p, p)
+    v = v.view(N, T, p * p, -1).transpose(2, 3).flatten(2).mT     # (p, p, C) to (C, p, p)
     return F.fold(v, x.shape[2:], p, stride=p)
 
-@pytest.mark.parametrize("network, config, norm, step, values", [
-    (*JIT, 103.878723639, 1152, [
-        1.1088155, 0.3588501, 0.2639662, 0.8095108, 0.1001933, -0.7362202, -0.3031009, 0.5599152]),
-    (*DIT, 27.796994863, 96, [
-        0.6621699, -0.5919473, -1.8791257, 0.8669273, 0.6637198, 0.1345732, -0.2202371, 0.3395236])])
+@pytest.mark.parametrize("network, config, change, recorded", [
+    (*JIT, {}, (103.878723639, 1.1088155, 0.1001933)), (*DIT, {}, (27.796994863, 0.6621699, 0.6637198)),
+    (*JIT, dict(context_tokens=0), None), (*JIT, dict(patch_size=4, context_start=5), None),
+    (*JIT, dict(in_channels=1, context_start=0), None), (*DIT, dict(patch_size=2, qk_norm=True), None)])
 @torch.no_grad()
-def test_jit_and_dit_give_the_published_outputs(network, config, norm, step, values):
-    """Eight values and the norm, recorded from the official code with the same weights and inputs."""
-    out = fill(network(**config))(*inputs(config))
-    assert out.double().norm().item() == pytest.approx(norm, rel=2e-6)
-    assert error(out.flatten()[::step], torch.tensor(values)) < 5e-6
+def test_networks_agree_with_plain_formulas_and_the_official_code(network, config, change, recorded):
+    """With recorded norm and values; class tokens from any block or none; patches, channels, q/k norm."""
+    config = config | change
+    net, args = fill(network(**config)), inputs(config)
+    out, state = net(*args), net.state_dict()
+    assert ("in_context_posemb" in state) == (config.get("context_tokens", 0) > 0)
+    assert ("blocks.0.attn.q_norm.weight" in state) == config.get("qk_norm", network is model.JiT)
+    plain = plain_network(state, *args, 4, config["patch_size"], config.get("context_start"))
+    assert error(out, plain) < 2e-6
+    if recorded:
+        assert out.double().norm().item() == pytest.approx(recorded[0], rel=2e-6)
+        assert out.flatten()[::out.numel() // 2].tolist() == pytest.approx(recorded[1:], abs=2e-5)
 
 @torch.no_grad()
 def test_vavae_gives_the_recorded_outputs():
-    """Recorded, for smaller widths, from a network that agreed with the published VA-VAE to 2e-6."""
+    """Recorded from a network that agreed with the published one; logvar is clamped, the mean is not."""
     assert digest(model.Autoencoder()) == 1982465131
     net = fill(model.Autoencoder(widths=(32, 32, 64, 64, 128)))
     mean, logvar = net.encode(normal("image", 1, 3, 32, 32).clamp(-1, 1))
@@ -166,19 +169,10 @@ def test_vavae_gives_the_recorded_outputs():
             (logvar, 21, [-0.2333690, 0.5852250, -0.2726730, -0.1882787, 0.2563668, 0.3818888, -0.2070874]),
             (decoded, 512, [-0.0909988, -0.0762513, 0.4537423, 0.1829014, 0.3043323, 0.1066596])):
         assert error(ours.flatten()[::step], torch.tensor(theirs)) < 5e-6
-
-@pytest.mark.parametrize("network, config, change", [
-    (*JIT, {}), (*JIT, dict(context_tokens=0)), (*JIT, dict(patch_size=4, context_start=5)),
-    (*JIT, dict(in_channels=1, context_start=0)), (*DIT, {}), (*DIT, dict(patch_size=2, qk_norm=True))])
-@torch.no_grad()
-def test_networks_agree_with_plain_formulas(network, config, change):
-    """Class tokens from the first, a middle, the last block or none; other patches and channels; q/k norm."""
-    config = config | change
-    net, args = fill(network(**config)), inputs(config)
-    assert ("in_context_posemb" in net.state_dict()) == (config.get("context_tokens", 0) > 0)
-    assert ("blocks.0.attn.q_norm.weight" in net.state_dict()) == config.get("qk_norm", network is model.JiT)
-    plain = plain_network(net.state_dict(), *args, 4, config["patch_size"], config.get("context_start"))
-    assert error(net(*args), plain) < 2e-6
+    for value, bound in ((100.0, 20.0), (-100.0, -30.0)):
+        net.quant_conv.bias.fill_(value)
+        mean, logvar = net.encode(normal("image", 1, 3, 48, 64))
+        assert (logvar == bound).all() and (mean.abs() > 50).all() and mean.shape == (1, 32, 3, 4)
 
 @pytest.mark.parametrize("name, shape, params, gflops, keys", [
     ("JiT-B/16", (3, 256, 256), 131, 25, 1938688673), ("JiT-B/32", (3, 512, 512), 133, 26, None),
@@ -189,23 +183,22 @@ def test_published_sizes_have_the_published_params_gflops_and_keys(name, shape, 
     with torch.device("meta"):
         net = model.build(name, shape[1], num_classes=1000)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == params
-    assert round(model.gmacs(net, shape)) == gflops
-    assert not keys or digest(net) == keys
+    assert round(model.gmacs(net, shape)) == gflops and (not keys or digest(net) == keys)
 
 @torch.no_grad()
 def test_rope_tables_of_a_file_are_checked_but_not_used():
     """The published ones are saved; wrong numbers change nothing, wrong shapes or no tables are errors."""
     net, args = fill(model.DiT(**TINY_DIT)), inputs(TINY_DIT)
     out, state = net(*args), net.state_dict()
-    angles = [[place / 10 ** (i // 2) for place in divmod(n, 8) for i in range(8)] for n in range(64)]
-    for name in ("cos", "sin"):
-        assert error(state["feat_rope.freqs_" + name], getattr(torch.tensor(angles), name)()) < 1e-6
+    angles = torch.tensor([[place / 10 ** (i // 2) for place in divmod(n, 8) for i in range(8)]
+                           for n in range(64)])
+    assert error(state["feat_rope.freqs_cos"], angles.cos()) < 1e-6
+    assert error(state["feat_rope.freqs_sin"], angles.sin()) < 1e-6
     net.load_state_dict(state | {name: torch.full((64, 16), 7.0) for name in state if "feat_rope" in name})
     assert torch.equal(net(*args), out)
     table = {"feat_rope.freqs_sin": torch.zeros(49, 16)}
     for wrong in (state | table, {key: state[key] for key in state.keys() - table}):
-        with pytest.raises(RuntimeError, match="freqs_sin"):
-            net.load_state_dict(wrong)
+        pytest.raises(RuntimeError, net.load_state_dict, wrong).match("freqs_sin")
 
 @torch.no_grad()
 def test_dropout_acts_in_the_middle_half_and_in_training_only():
@@ -219,22 +212,21 @@ def test_dropout_acts_in_the_middle_half_and_in_training_only():
     undropped, args = fill(model.JiT(**TINY_JIT | dict(depth=10))), inputs(TINY_JIT)
     assert torch.equal(net.eval()(*args), undropped(*args))
 
-def test_networks_start_at_zero_with_the_stated_spread():
+@pytest.mark.parametrize("network, config", [JIT, DIT])
+def test_networks_start_at_zero_with_the_stated_spread(network, config):
     """adaLN-zero: the output is 0 and blocks are the identity; Xavier elsewhere, 0.02 in the embeddings."""
     torch.manual_seed(0)
-    jit, dit = model.JiT(**TINY_JIT), model.DiT(**TINY_DIT)
-    for net, config in ((jit, TINY_JIT), (dit, TINY_DIT)):
-        assert not net(*inputs(config)).any()
-        x = normal("tokens", 1, 4, 64)
-        assert torch.equal(net.blocks[0](x, normal("c", 1, 64), net.rope[:, :4]), x)
-        assert all(not p.any() for name, p in net.named_parameters() if name.endswith("bias"))
-        for part in (net.t_embedder.mlp[0], net.t_embedder.mlp[2], net.y_embedder.embedding_table):
-            assert part.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert jit.in_context_posemb.std().item() == pytest.approx(0.02, rel=0.2)
-    for weight in (jit.blocks[0].attn.qkv.weight, jit.blocks[0].mlp.w3.weight, jit.x_embedder.proj1.weight,
-                   jit.x_embedder.proj2.weight, dit.x_embedder.proj.weight):
-        bound = math.sqrt(6 / sum(weight.flatten(1).shape))
-        assert weight.abs().max().item() == pytest.approx(bound, rel=0.05)
+    net, x = network(**config), normal("tokens", 1, 4, 64)
+    assert not net(*inputs(config)).any()
+    assert torch.equal(net.blocks[0](x, normal("c", 1, 64), net.rope[:, :4]), x)
+    assert all(not p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+    for part in (net.t_embedder.mlp[0], net.t_embedder.mlp[2], net.y_embedder.embedding_table):
+        assert part.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    if network is model.JiT:
+        assert net.in_context_posemb.std().item() == pytest.approx(0.02, rel=0.2)
+    for part in (net.blocks[0].attn.qkv, net.blocks[0].mlp.w3, *net.x_embedder):
+        bound = math.sqrt(6 / sum(part.weight.flatten(1).shape))
+        assert part.weight.abs().max().item() == pytest.approx(bound, rel=0.05)
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("network, config", [JIT, DIT])
@@ -263,90 +255,56 @@ def test_compiled_and_checkpointed_networks_agree_with_eager():
     nets = eager, compiled, checkpointed = [fill(model.JiT(**config)) for _ in range(3)]
     compiled.compile(dynamic=False)
     checkpointed.checkpointing = True
-    outs = [net(*inputs(config)) for net in nets]
-    for net, out in zip(nets, outs):
+    expected = eager(*inputs(config)).detach()
+    for net in nets:
+        out = net(*inputs(config))
         out.square().mean().backward()
-        assert error(out, outs[0]) < 2e-6 and net.state_dict().keys() == eager.state_dict().keys()
+        assert error(out, expected) < 2e-6 and net.state_dict().keys() == eager.state_dict().keys()
         for a, b in zip(net.parameters(), eager.parameters()):
             assert error(a.grad, b.grad) < 2e-5 and a.grad.stride() == a.stride()
     assert all(part._compiled_call_impl for part in (*compiled.blocks, compiled.final_layer))
 
-@torch.no_grad()
-def test_autoencoder_clamps_logvar_and_takes_any_multiple_of_16():
-    """logvar within [-30, 20], the mean unclamped; 48 x 64 pixels are 3 x 4 latents and back."""
-    net = fill(model.Autoencoder(widths=(32,) * 5, latent=4))
-    for value, bound in ((100.0, 20.0), (-100.0, -30.0)):
-        net.quant_conv.bias.fill_(value)
-        mean, logvar = net.encode(normal("image", 1, 3, 48, 64))
-        assert mean.shape == logvar.shape == (1, 4, 3, 4)
-        assert (logvar == bound).all() and (mean.abs() > 50).all()
-    assert net.decode(mean).shape == (1, 3, 48, 64)
-
 def test_names_carry_the_patch_and_keywords_win():
-    """Any number behind the slash is a patch; in_channels and other keywords override the table."""
+    """Any number behind the slash is a patch, keywords override the table; what is wrong is named."""
     with torch.device("meta"):
         assert model.build("JiT-S/4", image_size=64, num_classes=10).pos_embed.shape == (1, 256, 384)
         net = model.build("LightningDiT-B/4", 16, 10, in_channels=4, patch_size=2, qk_norm=True, depth=1)
     assert net.x_embedder.proj.weight.shape == (768, 4, 2, 2) and net.blocks[0].attn.qk_norm
-
-def test_wrong_sizes_and_names_are_refused_in_one_line():
-    """The message names the values and a remedy."""
-    for name, size, how, message in (
-            ("JiT-B/16", 250, {}, "^image_size 250 is not a multiple of patch_size 16: try 256$"),
-            ("JiT-demo/8", 32, dict(context_start=4), "^context_start 4 lies behind the last block: try 3$"),
-            *[(name, 256, {}, name + ".*JiT-B/16.*LightningDiT-XL/1") for name in ("JiT-X/16", "JiT-B/0")]):
-        with pytest.raises(ValueError, match=message):
-            model.build(name, size, 10, **how)
+    for name, size, start, message in (
+            ("JiT-B/16", 250, 4, "^image_size 250 is not a multiple of patch_size 16: try 256$"),
+            ("JiT-demo/8", 32, 4, "^context_start 4 lies behind the last block: try 3$"),
+            *((name, 256, 4, name + ".*JiT-B/16.*LightningDiT-XL/1") for name in ("JiT-X/16", "JiT-B/0"))):
+        pytest.raises(ValueError, model.build, name, size, 10, context_start=start).match(message)
 
 # ------------------------------------------------------------------------------------------------------------
 # objective.py
 
-EVERY_TARGET = ["x", "v", "eps", "k", "two", "time", "channel", "edm", "asym", 0.0, "0.3", 1.0]
-
-class Answer(torch.nn.Module):
-    """A network that answers what it was told, whatever it is asked."""
-
-    def __init__(self, u):
-        super().__init__()
-        self.u = u
-
-    def forward(self, z, t, y):
-        return self.u
-
 def kdiff_for(target, u=None, **kw):
-    """A KDiff whose learnable w is not at its start, in float64."""
-    kdiff = KDiff(Answer(u), target, num_classes=10, channels=2, **kw).double()
+    """A KDiff whose network answers u and whose learnable w is not at its start, in float64."""
+    kdiff = KDiff(lambda z, t, y: u, target, num_classes=10, channels=2, **kw).double()
     if kdiff.w is not None:
-        with torch.no_grad():
-            kdiff.w.copy_(torch.linspace(-1.0, 2.0, kdiff.w.numel()).view(kdiff.w.shape))
+        kdiff.w.data = torch.linspace(-1.0, 2.0, kdiff.w.numel()).double().view(kdiff.w.shape)
     return kdiff
 
-def solve(c, d, t, z, u):
-    """(x, e) from z = t x + (1-t) e and u = c x + d e, by torch's linear solver, number for number."""
-    entries = (entry.expand(z.shape) for entry in (t, 1 - t, c, d))
-    matrix = torch.stack(list(entries), -1).unflatten(-1, (2, 2))                       # (N, C, H, W, 2, 2)
-    return torch.linalg.solve(matrix, torch.stack([z, u], -1)).unbind(-1)
-
-@pytest.mark.parametrize("target", EVERY_TARGET)
+@pytest.mark.parametrize("target", [*objective.TARGETS, "0.3", 1.0])
 @pytest.mark.parametrize("loss", ["u", "x", "eps", "v"])
 def test_velocity_and_loss_are_those_of_the_solved_x_and_e(target, loss):
     """Against solving for x^ and e^ with a linear solver, at times where nothing is clamped."""
     if (target, loss) == ("two", "u"):
-        return                                                                # refused, see below
+        return                                                               # refused, see below
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     x, e, u_hat = torch.randn(3, 5, 2, 3, 3, dtype=torch.float64)
-    kdiff = kdiff_for(target, u_hat, tau=0.05, loss=loss)
-    c, d = kdiff.coefficients(t)
-    s = t.view(-1, 1, 1, 1)
-    z = s * x + (1 - s) * e
-    x_hat, e_hat = solve(c, d, s, z, u_hat)
+    kdiff, s = kdiff_for(target, u_hat, tau=0.05, loss=loss), t.view(-1, 1, 1, 1)
+    (c, d), z = kdiff.coefficients(t), s * x + (1 - s) * e
+    matrix = torch.stack([entry.expand(z.shape) for entry in (s, 1 - s, c, d)], -1).unflatten(-1, (2, 2))
+    x_hat, e_hat = torch.linalg.solve(matrix, torch.stack([z, u_hat], -1)).unbind(-1)
     errors = {"u": u_hat - c * x - d * e, "x": x_hat - x, "eps": e_hat - e, "v": (x_hat - e_hat) - (x - e)}
     torch.testing.assert_close(kdiff.loss(x, None, t, e), errors[loss].square().mean(), atol=1e-10, rtol=1e-5)
     torch.testing.assert_close(kdiff.velocity(u_hat, z, t), x_hat - e_hat, atol=1e-10, rtol=1e-5)
 
 @pytest.mark.parametrize("target, c, d", [
     ("x", 1, 0), ("v", 1, -1), ("eps", 0, -1), ("0.3", 0.3, -0.7), ("k", 0.5, -0.5), ("two", 0.5, -0.5),
-    ("time", 0.5, -0.5), ("channel", 0.5, -0.5)])
+    (0.0, 0, -1), ("time", 0.5, -0.5), ("channel", 0.5, -0.5)])
 def test_targets_are_those_of_the_table(target, c, d):
     """Their coefficients where w is at its start, at any time; what is learned is told by its name."""
     kdiff = KDiff(None, target, num_classes=10, channels=4)
@@ -354,7 +312,7 @@ def test_targets_are_those_of_the_table(target, c, d):
         assert len(value) == 3 and {round(v, 6) for v in value.flatten().tolist()} == {of_table}
     names = {"two": ["k1", "k2"], "channel": ["k", "k_min", "k_max"]}.get(target, ["k"])
     ks = {name: k.item() for name, k in kdiff.ks().items()}
-    assert ks == pytest.approx({name: c / (c - d) for name in names})
+    assert ks == pytest.approx(dict.fromkeys(names, c / (c - d)))
 
 def test_edm_is_what_the_input_does_not_tell_and_asym_has_noise_in_eight_channels():
     """E[u z] = c t + d (1-t) = 0 for white data, at c^2 + d^2 = 1; u = x - e in eight channels, then x."""
@@ -366,30 +324,26 @@ def test_edm_is_what_the_input_does_not_tell_and_asym_has_noise_in_eight_channel
 
 def test_one_clamp_bounds_loss_and_velocity():
     """At t = 1 x-prediction divides by tau in both; its own x-loss stays the plain MSE."""
-    x, e, u_hat = torch.randn(3, 1, 2, 3, 3, dtype=torch.float64)
-    one = torch.ones(1, dtype=torch.float64)
-    kdiff = kdiff_for("x", u_hat, tau=0.05)
-    torch.testing.assert_close(kdiff.velocity(u_hat, x, one), (u_hat - x) / 0.05)
-    torch.testing.assert_close(kdiff.loss(x, None, one, e), ((u_hat - x) / 0.05).square().mean())
-    kdiff = kdiff_for("x", u_hat, tau=0.05, loss="x")
-    torch.testing.assert_close(kdiff.loss(x, None, one, e), (u_hat - x).square().mean())
-    eps = kdiff_for("eps", u_hat, tau=0.05, loss="eps")
-    torch.testing.assert_close(eps.loss(x, None, 0 * one, e), (u_hat + e).square().mean())
+    (x, e, u), one = torch.randn(3, 1, 2, 3, 3).double(), torch.ones(1).double()
+    torch.testing.assert_close(kdiff_for("x", tau=0.05).velocity(u, x, one), (u - x) / 0.05)
+    for target, loss, t, expected in (("x", "v", one, (u - x) / 0.05), ("x", "x", one, u - x),
+                                      ("eps", "eps", 0 * one, u + e)):
+        kdiff = kdiff_for(target, u, tau=0.05, loss=loss)
+        torch.testing.assert_close(kdiff.loss(x, None, t, e), expected.square().mean())
 
 def test_k_of_t_is_linear_between_its_129_points():
     """At the end points the sigmoid of their w, half-way their mean; the k told is their mean."""
-    w = torch.randn(129)
-    t, k = torch.arange(129) / 128, torch.sigmoid(w)
-    torch.testing.assert_close(k_of_t(w, t), k)
-    torch.testing.assert_close(k_of_t(w, t[:-1] + 1 / 256), (k[1:] + k[:-1]) / 2)
-    kdiff = KDiff(None, "time", num_classes=10)
-    kdiff.w.data = w
+    kdiff, t = KDiff(None, "time", num_classes=10), torch.arange(129) / 128
+    kdiff.w.data = torch.randn(129)
+    k = torch.sigmoid(kdiff.w.data)
+    torch.testing.assert_close(k_of_t(kdiff.w.data, t), k)
+    torch.testing.assert_close(k_of_t(kdiff.w.data, t[:-1] + 1 / 256), (k[1:] + k[:-1]) / 2)
     torch.testing.assert_close(kdiff.ks()["k"], k.mean())
 
 def test_draws_follow_table_4():
     """logit(t) is normal, noise has its scale, a tenth of labels drop; each image follows its seed alone."""
     torch.manual_seed(0)
-    kdiff = KDiff(None, num_classes=10, t_mean=-0.8, t_std=0.8, noise_scale=2.0, label_drop=0.1)
+    kdiff = KDiff(None, num_classes=10, noise_scale=2.0)
     x, y = torch.zeros(4000, 1, 4, 4), torch.arange(4000) % 10
     for t, e, labels in (kdiff.draw(x, y), kdiff.draw(x, y, range(4000))):
         logit, dropped = torch.logit(t), labels == 10
@@ -399,16 +353,14 @@ def test_draws_follow_table_4():
         assert abs(correlation.tril(-1)).max() < 0.06
     t2, e2, _ = kdiff.draw(x[:3], y[:3], [7, 3999, 0])
     assert torch.equal(t2, t[[7, 3999, 0]]) and torch.equal(e2, e[[7, 3999, 0]])
-    bare = KDiff(None, num_classes=10)
-    assert (bare.t_mean, bare.t_std, bare.noise_scale, bare.tau, bare.label_drop) == (-0.8, 0.8, 1, 0.05, 0.1)
+    assert (kdiff.tau, KDiff(None, num_classes=10).noise_scale) == (0.05, 1)
 
 @pytest.mark.parametrize("how, named", [
     *((dict(target=target), f"target {target!r}") for target in ("y", "2", -0.1, 1.01)),
     (dict(loss="w"), "loss 'w'"), (dict(target="two", loss="u"), "two"), (dict(target="asym"), "channels")])
 def test_unknown_target_or_loss_is_named(how, named):
     """A target is a row of the table or a number in [0, 1]; a loss one of four."""
-    with pytest.raises(ValueError, match=named):
-        KDiff(None, num_classes=10, **how)
+    pytest.raises(ValueError, KDiff, None, num_classes=10, **how).match(named)
 
 # ------------------------------------------------------------------------------------------------------------
 # objective.py: theory
@@ -472,50 +424,41 @@ def test_modes_of_w_relax_at_their_two_rates():
 # ------------------------------------------------------------------------------------------------------------
 # data.py
 
-def test_item_i_of_shapes_is_always_the_same_image():
-    """Whatever the number of items and the order of asking; all eight classes come in turn."""
-    a, b = Shapes(40, 32), Shapes(1000, 32)
-    assert [a[i][1] for i in range(9)] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
-    for i in (39, 3, 17):
-        assert a[i][0].dtype == torch.uint8 and torch.equal(a[i][0], b[i][0])
-    assert not torch.equal(a[0][0], a[8][0]) and not torch.equal(a[0][0], Shapes(1, 32, seed=1)[0][0])
-
-TIP = 1.1 * math.sin(0.4) / math.sin(0.4 + math.pi / 5)                      # a star's notch
-X, Y = np.meshgrid(*[np.linspace(-1, 1, 1001)] * 2)
-AREA = {"disc": math.pi * 0.9 ** 2, "square": 1.6 ** 2, "triangle": 1.56 * 0.78 / 0.866,
-        "ring": math.pi * (0.97 ** 2 - 0.53 ** 2), "cross": 2 * 2 * 0.56 - 0.56 ** 2,
-        "star": 10 * 0.5 * 1.1 * TIP * math.sin(math.pi / 5), "ellipse": math.pi * 1.1 * 0.5,
-        "moon": 4 * ((np.hypot(X, Y) < 0.95) & (np.hypot(X - 0.55, Y) > 0.85)).mean()}
-
 @pytest.mark.parametrize("size", [32, 96])
 def test_shapes_have_the_areas_places_and_hues_of_their_factors(size):
     """Anti-aliased: areas by closed forms to 2%, whole pixels would miss by more; centres, angle, colour."""
+    x, y = np.meshgrid(*[np.linspace(-1, 1, 1001)] * 2)
+    moon = 4 * ((np.hypot(x, y) < 0.95) & (np.hypot(x - 0.55, y) > 0.85)).mean()
+    star = 5.5 * math.sin(math.pi / 5) * 1.1 * math.sin(0.4) / math.sin(0.4 + math.pi / 5)
+    areas = (math.pi * 0.9 ** 2, 1.6 ** 2, 1.56 * 0.78 / 0.866, math.pi * (0.97 ** 2 - 0.53 ** 2),
+             2 * 2 * 0.56 - 0.56 ** 2, star, math.pi * 1.1 * 0.5, moon)
     shapes, grid = Shapes(80, size), np.arange(size) + 0.5
+    assert torch.equal(shapes[9][0], Shapes(1000, size)[9][0])               # whatever the number of items
+    assert not torch.equal(shapes[0][0], Shapes(1, size, seed=1)[0][0])
     for i in range(80):
         place_x, place_y, radius, angle, hue = shapes.factors[i]
-        radius, name = (0.27 + 0.07 * radius) * size, shapes.classes[i % 8]
         image = shapes[i][0].double().numpy() / 255
         colour = image.max((1, 2))
         assert colour == pytest.approx([0.15 + 0.85 * c for c in colorsys.hsv_to_rgb(hue, 1, 1)], abs=0.02)
-        assert image.min() == pytest.approx(0.06, abs=0.003)
+        assert image.min() == pytest.approx(0.06, abs=0.003) and shapes[i][1] == i % 8
         covered = ((image - 0.06) / (colour[:, None, None] - 0.06)).max(0).clip(0)
-        assert covered.sum() == pytest.approx(AREA[name] * radius ** 2, rel=0.02)
+        assert covered.sum() == pytest.approx(areas[i % 8] * ((0.27 + 0.07 * radius) * size) ** 2, rel=0.02)
         x, y = (covered.sum(0) @ grid, covered.sum(1) @ grid) / covered.sum()
-        if name != "moon":
+        if i % 8 != 7:                                                       # the moon is not symmetric
             centre = [(0.5 + 0.22 * (place - 0.5)) * size for place in (place_x, place_y)]
             assert (x, y) == pytest.approx(centre, abs=0.1)
-        if name == "ellipse":
+        if i % 8 == 6:                                                       # the ellipse shows the angle
             dx, dy = grid - x, (grid - y)[:, None]
             slope = 2 * (covered * dx * dy).sum() / ((covered * dx ** 2).sum() - (covered * dy ** 2).sum())
             assert math.atan(slope) / 2 == pytest.approx(0.5 * (angle - 0.5), abs=0.02)
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of images of many kinds: modes, sizes, formats, EXIF, links, names."""
+    """A folder of images of many kinds: modes, sizes, formats, EXIF, names."""
     root = tmp_path / "Fotos für Büro"
     for name in ("chats été", "dogs/deep er", ".hidden"):
         (root / name).mkdir(parents=True)
-    pixels = noise(50, 70, 3)
+    pixels, exif = noise(50, 70, 3), Image.Exif()
     image = Image.fromarray(pixels)
     image.save(root / "chats été" / "a b.jpg")
     image.convert("CMYK").save(root / "chats été" / "cmyk.JPEG")
@@ -523,8 +466,7 @@ def photos(tmp_path):
     image.convert("L").resize((40, 90)).save(root / "dogs" / "grey.bmp")
     image.convert("RGBA").save(root / "dogs" / "deep er" / "ß.webp", lossless=True)
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(root / "dogs" / "sixteen.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                          # to be turned a quarter
+    exif[0x0112] = 6                                                         # to be turned a quarter
     image.save(root / "dogs" / "turned.png", exif=exif)
     image.save(root / "beside.png")
     (root / "readme.txt").write_text("no image")
@@ -538,12 +480,10 @@ def test_folders_of_odd_images_are_read(photos, tmp_path):
     assert [data[i][1] for i in range(8)] == [0, 1, 1, 1, 2, 2, 2, 2]
     assert all(data[i][0].shape == (3, 32, 32) and data[i][0].dtype == torch.uint8 for i in range(8))
     assert read_image(photos / "dogs" / "turned.png").size == (50, 70)
-    plain = np.asarray(read_image(photos / "beside.png"))
-    assert np.array_equal(plain, noise(50, 70, 3))
-    assert np.array_equal(np.asarray(read_image(photos / "dogs" / "sixteen.png"))[..., 0], plain[..., 0])
-    flat = ImageFolder(photos / "chats été", 32)
-    assert flat.classes == ["chats été"] and [label for _, label in (flat[0], flat[1])] == [0, 0]
-    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(tmp_path / "clear.png")   # a fifth of red on white
+    plain, sixteen = (np.asarray(read_image(photos / name)) for name in ("beside.png", "dogs/sixteen.png"))
+    assert np.array_equal(plain, noise(50, 70, 3)) and np.array_equal(sixteen[..., 0], plain[..., 0])
+    assert ImageFolder(photos / "chats été", 32).classes == ["chats été"]
+    Image.new("RGBA", (4, 4), (255, 0, 0, 51)).save(tmp_path / "clear.png")  # a fifth of red on white
     assert read_image(tmp_path / "clear.png").getpixel((1, 1)) == (255, 204, 204)
 
 def test_crop_is_adms():
@@ -551,12 +491,12 @@ def test_crop_is_adms():
     pixels = noise(160, 208, 3)
     half = Image.fromarray(np.floor(pixels.reshape(80, 2, 104, 2, 3).mean((1, 3)) + 0.5).astype(np.uint8))
     resized = np.asarray(half.resize((83, 64), Image.BICUBIC), int)
-    for image, expected in ((Image.fromarray(pixels), resized[:, 9:73]),
-                            (Image.fromarray(pixels.swapaxes(0, 1)), resized.swapaxes(0, 1)[9:73])):
-        ours = np.asarray(crop(image, 64), int)
+    for image, expected in ((pixels, resized[:, 9:73]),
+                            (pixels.swapaxes(0, 1), resized.swapaxes(0, 1)[9:73])):
+        ours = np.asarray(crop(Image.fromarray(image), 64), int)
         assert ours.shape == (64, 64, 3) and abs(ours - expected).max() <= 2
-    assert np.array_equal(crop(half, 80), half.crop((12, 0, 92, 80)))          # halving stops at its size
-    assert crop(Image.fromarray(pixels[:20, :30]), 64).size == (64, 64)       # enlarged
+    assert np.array_equal(crop(half, 80), half.crop((12, 0, 92, 80)))        # halving stops at its size
+    assert crop(Image.fromarray(pixels[:20, :30]), 64).size == (64, 64)      # enlarged
 
 def test_order_is_one_permutation_after_the_other():
     """Batches of 8 from 11 images: positions in a chain of permutations for any start and process count."""
@@ -564,9 +504,9 @@ def test_order_is_one_permutation_after_the_other():
     for epoch in range(16):
         assert sorted(chain[epoch * 11:epoch * 11 + 11]) == [(epoch, i) for i in range(11)]
     assert [item for batch in Order(11, 8, 3, 5, 9) for item in batch] == chain[40:72]
-    two = [list(Order(11, 8, 3, 0, 22, rank, 2)) for rank in (0, 1)]
+    two = [Order(11, 8, 3, 0, 22, rank, 2) for rank in (0, 1)]
     assert [item for a, b in zip(*two) for item in a + b] == chain
-    assert [i for _, i in chain[:11]] != [i for _, i in chain[11:22]]          # epochs differ, and seeds
+    assert [i for _, i in chain[:11]] != [i for _, i in chain[11:22]]        # epochs differ, and seeds
     assert next(iter(Order(11, 8, 4, 0, 1))) != chain[:8]
 
 def test_flips_follow_seed_epoch_and_index(photos):
@@ -583,40 +523,20 @@ def test_flips_follow_seed_epoch_and_index(photos):
 
 def test_packed_array_gives_the_folders_images(photos, tmp_path, capsys):
     """pack, then read through the memory map: same pixels, labels, class names, mirror images."""
-    pack(photos, 24, tmp_path / "p.npy")
-    said = capsys.readouterr()
+    pack(photos, 24, path := tmp_path / "p.npy")
+    said, names = capsys.readouterr(), tmp_path / "p.npy.json"
     assert "8 images of 24 px in 3 classes" in said.out and "images 8/8 | " in said.err
-    packed, folder = open_dataset(tmp_path / "p.npy", 24), ImageFolder(photos, 24)
-    assert packed.classes == folder.classes and len(packed) == len(folder) == 8
-    for flip in (False, True):
-        pairs = [(packed.item(i, flip), folder.item(i, flip)) for i in range(8)]
-        assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in pairs)
-    with pytest.raises(UserError, match="24"):
-        open_dataset(tmp_path / "p.npy", 32)
-    (tmp_path / "p.npy.json").unlink()
-    assert open_dataset(tmp_path / "p.npy", 24).classes == ["0", "1", "2"]
-    for name, value in (("labels, 0 to 2", '["a", "b"]'), ("no list", '"abc"'), ("no list", "[1, 2, 3]")):
-        (tmp_path / "p.npy.json").write_text(f'{{"classes": {value}}}')
-        with pytest.raises(UserError, match=name):
-            open_dataset(tmp_path / "p.npy", 24)
-
-def test_loading_processes_are_sent_a_place_not_the_bytes(tmp_path):
-    """A megabyte of packed images or latents pickles to less than 10 kB, and the copy reads the same."""
-    records = np.zeros(400, [("image", "u1", (3, 32, 32)), ("label", "<i8")])
-    records["image"] = noise(400, 3, 32, 32)
-    np.save(tmp_path / "p.npy", records)
-    parts = {"latents": noise(300, 4, 16, 16).astype(np.float16), "labels": np.arange(300) % 7}
-    for folder, write in (("arrays", save_arrays), ("shards", save_safetensors)):
-        (tmp_path / folder).mkdir()
-        write(tmp_path / folder, parts | {"latents_flip": parts["latents"][..., ::-1]})
-    for source, image in (("p.npy", records["image"][7]), ("arrays", parts["latents"][7]),
-                          ("shards", parts["latents"][7])):
-        whole = open_dataset(tmp_path / source, 32)
-        sent = pickle.dumps(whole)
-        copy = pickle.loads(sent)
-        assert len(sent) < 10_000 and copy.classes == whole.classes and len(copy) == len(whole)
-        assert np.array_equal(copy[7][0], image) and copy[7][1] == whole[7][1]
-        assert torch.equal(copy.item(3, True)[0], whole.item(3, True)[0])
+    packed, folder = open_dataset(path, 24), ImageFolder(photos, 24)
+    assert packed.classes == folder.classes and len(packed) == 8
+    for i in range(16):
+        a, b = (data.item(i % 8, i > 7) for data in (packed, folder))
+        assert torch.equal(a[0], b[0]) and a[1] == b[1]
+    pytest.raises(UserError, open_dataset, path, 32).match("24")
+    names.unlink()
+    assert open_dataset(path, 24).classes == ["0", "1", "2"]
+    for said, value in (("labels, 0 to 2", '["a", "b"]'), ("no list", '"abc"'), ("no list", "[1, 2, 3]")):
+        names.write_text(f'{{"classes": {value}}}')
+        pytest.raises(UserError, open_dataset, path, 24).match(said)
 
 def save_arrays(folder, parts, **meta):
     """Latents as `data.py encode` writes them."""
@@ -638,6 +558,24 @@ def save_safetensors(folder, parts, name="latents_rank00_shard000.safetensors"):
     torch.save({"mean": 0 * statistic, "std": statistic}, folder / "latents_stats.pt")
     return content
 
+@pytest.mark.parametrize("save", [save_arrays, save_safetensors, None])
+def test_loading_processes_are_sent_a_place_not_the_bytes(tmp_path, save):
+    """A megabyte of latents or packed images pickles to less than 10 kB, and the copy reads the same."""
+    source, values = tmp_path, noise(400, 3, 32, 32)
+    if save:
+        values = values.astype(np.float16)
+        save(tmp_path, {"latents": values, "latents_flip": values[..., ::-1], "labels": np.arange(400) % 7})
+    else:
+        records = np.zeros(400, [("image", "u1", (3, 32, 32)), ("label", "<i8")])
+        records["image"] = values
+        np.save(source := tmp_path / "p.npy", records)
+    whole = open_dataset(source, 32)
+    sent = pickle.dumps(whole)
+    copy = pickle.loads(sent)
+    assert len(sent) < 10_000 and copy.classes == whole.classes and len(copy) == len(whole) == 400
+    assert np.array_equal(copy[7][0], values[7]) and copy[7][1] == whole[7][1]
+    assert np.array_equal(copy.item(3, True)[0], values[3, ..., ::-1])
+
 def test_safetensors_are_read_and_what_does_not_fit_is_named(tmp_path):
     """Two shards; cut short, parts that do not fit together or the other shard, no statistics: one line."""
     latents = np.random.RandomState(0).randn(5, 4, 2, 2).astype("<f2")
@@ -645,52 +583,43 @@ def test_safetensors_are_read_and_what_does_not_fit_is_named(tmp_path):
     content = save_safetensors(tmp_path, parts)
     save_safetensors(tmp_path, parts, second := "latents_rank00_shard001.safetensors")
     read = open_dataset(tmp_path, None)
-    assert len(read) == 10 and read.shape == (4, 2, 2) and read[7][1] == 2 and read[5][1] == 0
-    assert np.array_equal(read[7][0].numpy(), latents[2]) and read.classes == ["0", "1", "2", "3", "4"]
-    assert np.array_equal(read.item(7, True)[0].numpy(), latents[2, ..., ::-1])
+    assert len(read) == 10 and read.shape == (4, 2, 2) and [read[i][1] for i in (5, 7)] == [0, 2]
+    assert np.array_equal(read[7][0], latents[2]) and read.classes == ["0", "1", "2", "3", "4"]
     for bad, named in ((content[:-3], f"{len(content):,} bytes expected, {len(content) - 3:,} found"),
                        (content.replace(b"[5, 4, 2, 2]", b"[5, 4, 2, 1]", 1), "bytes of latents do not fit")):
         (tmp_path / second).write_bytes(bad)
-        with pytest.raises(UserError, match=f"shard001.*{named}"):
-            Latents(tmp_path)
+        pytest.raises(UserError, Latents, tmp_path).match(f"shard001.*{named}")
     for change in ({"latents_flip": latents[:, :3]}, {"labels": np.arange(4)},
                    {"latents": latents[:, :3], "latents_flip": latents[:, :3]}):
         save_safetensors(tmp_path, parts | change, second)
-        with pytest.raises(UserError, match="shard001.*do not fit together or the other shards"):
-            Latents(tmp_path)
+        pytest.raises(UserError, Latents, tmp_path).match("shard001.*do not fit together or the other shards")
     save_safetensors(tmp_path, parts, second)
     (tmp_path / "latents_stats.pt").unlink()
-    with pytest.raises(UserError, match="mean and std of its 4 channels"):
-        Latents(tmp_path)
+    pytest.raises(UserError, Latents, tmp_path).match("mean and std of its 4 channels")
 
 def test_patch_pca_round_trip_is_the_orthogonal_projection():
-    """The projection of an SVD; with all channels the identity; more than a patch has is refused."""
+    """The projection of an SVD; more channels than a patch has values are refused."""
     images = torch.randn(200, 3, 8, 8) @ torch.randn(8, 8)
     pca = PatchPCA.fit(images, 4, 10)
-    def flat(x): return F.pixel_unshuffle(x, 4).transpose(0, 1).flatten(1)    # (48, patches)
-    patches = flat(images)
-    mean = patches.mean(1, keepdim=True)
-    U = torch.linalg.svd(patches - mean, full_matrices=False).U[:, :10]
-    projected = U @ U.T @ (patches - mean) + mean
+    def flat(x): return F.pixel_unshuffle(x, 4).transpose(0, 1).flatten(1)   # (48, patches)
+    mean = flat(images).mean(1, keepdim=True)
+    U = torch.linalg.svd(flat(images) - mean, full_matrices=False).U[:, :10]
+    projected = U @ U.T @ (flat(images) - mean) + mean
     torch.testing.assert_close(flat(pca.decode(pca.encode(images))), projected, atol=2e-3, rtol=0)
     assert pca.encode(images).shape == (200, 10, 2, 2) and (pca.factor, pca.channels) == (4, 10)
-    full = PatchPCA.fit(images, 4, 48)
-    torch.testing.assert_close(full.decode(full.encode(images)), images, atol=1e-3, rtol=0)
-    with pytest.raises(UserError, match="48 values"):
-        PatchPCA.fit(images, 4, 49)
+    pytest.raises(UserError, PatchPCA.fit, images, 4, 49).match("48 values")
 
 def test_codec_scales_once_and_back():
     """Pixels: [-1, 1] and rounding; latents: (z - mean) / std and its inverse."""
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    assert torch.equal(Codec().decode(Codec().encode(images)), images)
-    assert Codec().encode(images).min() == -1 and Codec().encode(images).max() == 1
+    x = Codec().encode(images)
+    assert torch.equal(Codec().decode(x), images) and (x.min(), x.max()) == (-1, 1)
     assert Codec().decode(torch.tensor([-3.0, 3.0, 0.0]).view(1, 3, 1, 1)).flatten().tolist() == [0, 255, 128]
-    z, mean, std = torch.randn(4, 2, 3, 3), torch.randn(1, 2, 1, 1), torch.rand(1, 2, 1, 1) + 0.5
+    z, mean, std = torch.randn(4, 48, 3, 3), torch.randn(1, 48, 1, 1), torch.rand(1, 48, 1, 1) + 0.5
     torch.testing.assert_close(Codec(None, mean, std).encode(z), (z - mean) / std)
-    assert Codec().decodes and not Codec(None, mean, std).decodes
-    pca = PatchPCA.fit(torch.randn(9, 3, 16, 16), 4, 48)
-    codec = Codec(pca, torch.randn(1, 48, 1, 1), torch.rand(1, 48, 1, 1) + 0.5)
-    assert codec.decodes and (codec.decode(codec.encode(images)).int() - images.int()).abs().max() <= 1
+    codec = Codec(PatchPCA.fit(torch.randn(9, 3, 16, 16), 4, 48), mean, std)
+    assert Codec().decodes and codec.decodes and not Codec(None, mean, std).decodes
+    assert (codec.decode(codec.encode(images)).int() - images.int()).abs().max() <= 1
 
 @pytest.fixture
 def small_vavae(monkeypatch):
@@ -700,107 +629,84 @@ def small_vavae(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 # sample.py
 
-def test_heun_converges_at_second_order_and_euler_at_first():
-    """dz/dt = -z + t from 1: the error against the closed form falls by 4 and by 2 when the steps double."""
-    one, exact = torch.ones(1, dtype=torch.float64), 2 * math.exp(-1)         # z = t - 1 + 2 exp(-t)
-    for solver, factor in (("heun", 4), ("euler", 2)):
-        errors = [abs(integrate(lambda z, t: -z + t.double(), one, n, solver).item() - exact)
-                  for n in (40, 80)]
-        assert errors[0] / errors[1] == pytest.approx(factor, rel=0.1)
-
-def test_fifty_heun_steps_take_99_evaluations():
-    """The last step is Euler; times go from 0 to the last grid point before 1."""
-    times = []
-    integrate(lambda z, t: times.append(t.item()) or z, torch.zeros(1))
-    assert len(times) == 99 and times[0] == 0 and max(times) == pytest.approx(0.98)
-
-class Echo(torch.nn.Module):
-    """Predicts its label's number; keeps the batch sizes and times it was asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def forward(self, z, t, y):
-        self.calls.append((len(z), t[0].item()))
-        return y.float().view(-1, 1, 1, 1).expand_as(z)
+@pytest.mark.parametrize("solver, factor, evaluations", [("heun", 4, 99), ("euler", 2, 50)])
+def test_heun_converges_at_second_order_and_euler_at_first(solver, factor, evaluations):
+    """dz/dt = -z + t from 1, z = t - 1 + 2 exp(-t): the error falls by 4 or 2 when the steps double."""
+    one, times = torch.ones(1, dtype=torch.float64), []
+    errors = [abs(integrate(lambda z, t: -z + t.double(), one, n, solver).item() - 2 * math.exp(-1))
+              for n in (40, 80)]
+    assert errors[0] / errors[1] == pytest.approx(factor, rel=0.1)
+    integrate(lambda z, t: times.append(t.item()) or z, one, solver=solver)  # Heun's last is Euler's
+    assert len(times) == evaluations and times[0] == 0 and max(times) == pytest.approx(0.98)
 
 @pytest.mark.parametrize("interval, first, last, scale", [
     ((0.1, 1.0), 6, 49, 3), ((0.0, 1.0), 0, 49, 3), ((0.3, 0.5), 16, 24, 3), ((0.0, 1.0), 50, 0, 1)])
 def test_guidance_acts_strictly_inside_its_interval(interval, first, last, scale):
     """Of 50 steps, t = 0.1 is outside of [0.1, 1], t = 0 inside of [0, 1]; else, and at scale 1, one pass."""
-    net = Echo()
-    velocity = guided(KDiff(net, "v", num_classes=4, tau=0.0), torch.tensor([1]), scale, interval)
+    calls = []
+    def echo(z, t, y): return calls.append((len(z), t[0].item())) or y.view(-1, 1, 1, 1).expand_as(z)
+    velocity = guided(KDiff(echo, "v", num_classes=4, tau=0.0), torch.tensor([1]), scale, interval)
     found = [velocity(torch.zeros(1, 1, 1, 1), t).item() for t in torch.linspace(0, 1, 51)[:-1]]
-    assert found == [-5.0 if first <= i <= last else 1.0 for i in range(50)]     # 4 + 3 (1 - 4), or 1
-    assert [n for n, _ in net.calls] == [2 if first <= i <= last else 1 for i in range(50)]
-    assert [t for _, t in net.calls] == pytest.approx([i / 50 for i in range(50)])
+    assert found == [-5.0 if first <= i <= last else 1.0 for i in range(50)]  # 4 + 3 (1 - 4), or 1
+    assert [n for n, _ in calls] == [2 if first <= i <= last else 1 for i in range(50)]
+    assert [t for _, t in calls] == pytest.approx([i / 50 for i in range(50)])
 
 def test_samples_follow_their_index_alone():
     """Batch size and the images beside it change no pixel by more than one level; the seed changes them."""
-    kdiff = KDiff(fill(JiT(**TINY_JIT)), "v", num_classes=10).eval()
-    classes, how = [0, 1, 2, 3, 0], dict(cfg=2.0, interval=(0.1, 1.0), steps=8)
-    shape = 3, 32, 32
-    together = generate(kdiff, Codec(), shape, classes, range(5), **how).int()
-    alone = torch.cat([generate(kdiff, Codec(), shape, [classes[i]], [i], **how) for i in range(5)]).int()
-    batches = sample.sample_all(kdiff, Codec(), shape, classes, 2, **how).int()
-    assert max((together - alone).abs().max(), (together - batches).abs().max()) <= 1
-    others = generate(kdiff, Codec(), shape, classes, range(5), **how, seed=1).int()
+    kdiff, classes = KDiff(fill(JiT(**TINY_JIT)), "v", num_classes=10).eval(), [0, 1, 2, 3, 0]
+    shape, how = (3, 32, 32), dict(cfg=2.0, interval=(0.1, 1.0), steps=8)
+    together, others = (generate(kdiff, Codec(), shape, classes, range(5), **how, seed=seed).int()
+                        for seed in (0, 1))
+    for size in (1, 2):
+        batches = sample.sample_all(kdiff, Codec(), shape, classes, size, **how).int()
+        assert (together - batches).abs().max() <= 1
     assert (together - others).abs().max() > 8 and (together[0] - together[4]).abs().max() > 8
 
 def test_jit_loss_and_sampler_give_the_published_numbers():
     """Recorded from the official JiT: its loss, and six guided steps of both solvers (one pixel, norm)."""
     kdiff = KDiff(fill(JiT(**TINY_JIT)), "x", num_classes=10, noise_scale=1.0, tau=0.05)
+    _, t, y = inputs(TINY_JIT)
     x, e, z0 = (normal(name, 3, 3, 32, 32) for name in ("x", "e", "z0"))
-    t, y, labels = torch.tensor([0.05, 0.5, 0.93]), torch.tensor([0, 3, 10]), torch.tensor([0, 3, 1])
     with torch.no_grad():
         assert kdiff.loss(0.5 * x, y, t, e).item() == pytest.approx(102.92652, rel=1e-6)
         for solver, pixels, norm in (("heun", [-0.416544, -1.016429, 0.516974], 125.321983),
                                      ("euler", [-0.015014, -1.051720, -0.029472], 122.744453)):
-            z = integrate(guided(kdiff, labels, 2.9, (0.1, 1.0)), z0, 6, solver)
+            z = integrate(guided(kdiff, torch.tensor([0, 3, 1]), 2.9, (0.1, 1.0)), z0, 6, solver)
             assert z[:, 1, 5, 7].tolist() == pytest.approx(pixels, abs=2e-5)
             assert z.norm().item() == pytest.approx(norm, rel=1e-5)
 
-def test_published_jit_files_load_and_sample(tmp_path):
+def test_published_jit_files_load(tmp_path):
     """With the training script's extras (a pickled Namespace, an optimizer); ema1, or ema2 where chosen."""
-    net = model.build("JiT-demo/8", 32, 10)
+    net, path = model.build("JiT-demo/8", 32, 10), tmp_path / "checkpoint-last.pth"
     def weights(factor):
-        return {f"module.net.{k}": v * factor for k, v in net.state_dict().items() if k != "pos_embed"} | {
-            "module.net.pos_embed": net.pos_embed}
-    path = tmp_path / "checkpoint-last.pth"
+        return {f"module.net.{k}": v if k == "pos_embed" else v * factor for k, v in net.state_dict().items()}
     torch.save({"model": weights(1), "model_ema1": weights(2), "model_ema2": weights(3), "epoch": 5,
                 "optimizer": {}, "args": argparse.Namespace(lr=1)}, path)
-    bias = net.t_embedder.mlp[0].weight
     for ema, factor in ((None, 2), ("0.9996", 3)):
         it = load(path, ema=ema)
-        torch.testing.assert_close(it.kdiff.net.t_embedder.mlp[0].weight, bias * factor)
+        assert torch.equal(it.kdiff.net.t_embedder.mlp[0].weight, net.t_embedder.mlp[0].weight * factor)
     assert it.config["model"] == "JiT-demo/8" and it.kdiff.target == "x" and it.kdiff.noise_scale == 32 / 256
     assert (it.shape, it.step, it.ema, it.kdiff.tau) == ((3, 32, 32), 5, "0.9996", 0.05)
     assert (it.config["cfg"], it.config["interval"], it.classes) == (2.9, (0.1, 1.0), [*"0123456789"])
-    images = generate(it.kdiff, it.codec, it.shape, [9], [0], cfg=2.9, interval=(0.1, 1.0), steps=2)
-    assert images.shape == (1, 3, 32, 32)
-    with pytest.raises(UserError, match="0.5"):
-        load(path, ema="0.5")
-    with pytest.raises(UserError, match="not a JiT-wide/8 whose weights fit"):
-        load(path, model="JiT-wide/8")
+    pytest.raises(UserError, load, path, ema="0.5").match("0.5")
+    pytest.raises(UserError, load, path, model="JiT-wide/8").match("not a JiT-wide/8 whose weights fit")
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_published_dit_files_load_with_their_statistics(tmp_path, qk_norm):
     """Flat weights under "ema"; mean and std of the latents come beside them; without, one line says so."""
-    net = fill(model.build("LightningDiT-demo/1", 4, 10, qk_norm=qk_norm))
-    torch.save({"ema": net.state_dict()}, tmp_path / "dit.pt")
-    torch.save({"mean": torch.arange(32.0), "std": torch.ones(32)}, tmp_path / "stats.pt")
-    it = load(tmp_path / "dit.pt", stats=tmp_path / "stats.pt")
+    net, file, stats = fill(model.build("LightningDiT-demo/1", 4, 10, qk_norm=qk_norm)), *(
+        tmp_path / name for name in ("dit.pt", "stats.pt"))
+    torch.save({"ema": net.state_dict()}, file)
+    torch.save({"mean": torch.arange(32.0), "std": torch.ones(32)}, stats)
+    it = load(file, stats=stats)
     assert it.config["model"] == "LightningDiT-demo/1" and it.shape == (32, 4, 4) and it.ema == "ema"
     assert (it.kdiff.target, it.kdiff.tau, it.kdiff.noise_scale, it.config["cfg"]) == ("v", 0.0, 1.0, 1.5)
     args = normal("x", 2, 32, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([1, 10])
     assert torch.equal(it.kdiff.net(*args), net(*args))
-    assert it.codec.mean.flatten().tolist() == list(range(32)) and it.codec.mean.shape == (1, 32, 1, 1)
-    with pytest.raises(UserError, match="--stats"):
-        load(tmp_path / "dit.pt")
+    assert torch.equal(it.codec.mean, torch.arange(32.0).view(1, 32, 1, 1))
+    pytest.raises(UserError, load, file).match("--stats")
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "alien.pt")
-    with pytest.raises(UserError, match="alien.pt: not a checkpoint of ours, JiT or LightningDiT"):
-        load(tmp_path / "alien.pt")
+    pytest.raises(UserError, load, tmp_path / "alien.pt").match("alien.pt: not a checkpoint of ours, JiT")
 
 def test_curves_are_drawn_where_their_numbers_are(tmp_path):
     """Two panels, each in its own scale: a line from corner to corner; from -50 to 50, without the NaN."""
@@ -808,32 +714,27 @@ def test_curves_are_drawn_where_their_numbers_are(tmp_path):
                         ("loss", "step", {"a": ([0, 1, 2, 3], [-50.0, 50.0, math.nan, 0.0])})],
                        tmp_path / "c.png")
     picture = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
-    assert picture.shape == (380, 1120, 3)
-    rows, columns = np.nonzero((picture[:, :560] == sample.COLOURS[0]).all(-1))
-    assert (columns.min(), columns.max(), rows.min(), rows.max()) == pytest.approx((64, 540, 40, 334), abs=2)
-    assert np.abs(rows - (334 - (columns - 64) * 294 / 476)).max() < 3
-    rows, columns = np.nonzero((picture[:, 560:] == sample.COLOURS[0]).all(-1))
-    top, middle = 334 - 294 * 100 / 102.5, 334 - 294 * 50 / 102.5            # from -50 to 50 * 1.05
-    assert (columns.min(), columns.max(), rows.min(), rows.max()) == pytest.approx((64, 540, top, 334), abs=2)
-    assert rows[columns == columns.max()].mean() == pytest.approx(middle, abs=2)
-    grey = (picture == sample.GREY).all(-1)                                   # lines at 0, 0.2, ..., 1
+    grey = (picture == sample.GREY).all(-1)                                  # lines at 0, 0.2, ..., 1
     assert np.flatnonzero(grey[:, 80:140].all(1)).tolist() == [40, 98, 157, 216, 275, 334]
     assert np.flatnonzero(grey[300:334, :560].mean(0) > 0.8).tolist() == [64, 159, 254, 349, 444, 540]
+    scale = 294 / 102.5                                                      # from -50 to 50 * 1.05
+    for left, top, last in ((0, 40, 40), (560, 334 - 100 * scale, 334 - 50 * scale)):
+        rows, columns = np.nonzero((picture[:, left:left + 560] == sample.COLOURS[0]).all(-1))
+        ends = columns.min(), columns.max(), rows.min(), rows.max()
+        assert ends == pytest.approx((64, 540, top, 334), abs=2)
+        assert rows[columns == columns.max()].mean() == pytest.approx(last, abs=2)
 
 def test_grid_shows_each_image_in_its_row(tmp_path):
     """Six images of 8 px in rows of three, enlarged without blur, the rows' names before them."""
     images = torch.from_numpy(noise(6, 3, 8, 8))
-    sample.draw_grid(images, ["a", "long name"], tmp_path / "g.png", 3)
-    sheet = np.asarray(Image.open(tmp_path / "g.png"))
-    height, width, _ = sheet.shape
-    margin, cell = width - 3 * 100 - 4, 100
-    assert height == 2 * cell + 4 and 16 < margin < 200
+    sheet = np.asarray(sample.grid(images, ["a", "long name"], 3))
+    margin = sheet.shape[1] - 3 * 100 - 4
+    assert len(sheet) == 204 and 16 < margin < 200 and (sheet[:, :margin - 8] < 100).any()
     for i in range(6):
-        top, left = 4 + i // 3 * cell, margin + i % 3 * cell
+        top, left = 4 + i // 3 * 100, margin + i % 3 * 100
         assert np.array_equal(sheet[top:top + 96:12, left:left + 96:12], images[i].permute(1, 2, 0).numpy())
-    assert (sheet[:, :margin - 8] < 100).any() and (sheet[:4] == 255).all()
     sample.draw_grid(images.repeat(1, 1, 25, 25), ["a", "b"], tmp_path / "g.png", 3)
-    assert Image.open(tmp_path / "g.png").size[1] == 2 * 204 + 4
+    assert Image.open(tmp_path / "g.png").size[1] == 2 * 204 + 4             # large ones keep their size
 
 def test_classes_are_chosen_by_name_or_number():
     """A name wins over a number that it looks like; what is neither is an error that lists the names."""
@@ -844,65 +745,59 @@ def test_classes_are_chosen_by_name_or_number():
             sample.choose_classes(word, ["a", "b", "c"])
 
 # ------------------------------------------------------------------------------------------------------------
-# train.py: the loop, driven from outside
+# train.py
 
-class MLP(torch.nn.Module):
-    """The least that KDiff asks of a network: net(z, t, y) -> like z."""
-
-    def __init__(self, values, classes, width=64):
+class Bare(torch.nn.Module):
+    """The least that KDiff asks of a network, net(z, t, y) -> like z; time and class as channels."""
+    def __init__(self, *layers):
         super().__init__()
-        self.first, self.last = torch.nn.Linear(values + 1, width), torch.nn.Linear(width, values)
-        self.table = torch.nn.Embedding(classes + 1, width)
-
-    def forward(self, z, t, y):
-        hidden = self.first(torch.cat([z.flatten(1), t[:, None]], 1)) + self.table(y)
-        return self.last(F.silu(hidden)).view_as(z)
-
-class UNet(torch.nn.Module):
-    """Down, up and a connection across; time and class as channels."""
-
-    def __init__(self, values, classes, width=16):
-        super().__init__()
-        self.table = torch.nn.Embedding(classes + 1, 2)
-        self.down = torch.nn.Conv2d(3 + 3, width, 4, 2, 1)
-        self.up = torch.nn.ConvTranspose2d(width, 3, 4, 2, 1)
-        self.across = torch.nn.Conv2d(3, 3, 1)
+        self.table, self.across = torch.nn.Embedding(9, 2), torch.nn.Conv2d(3, 3, 1)
+        self.layers = torch.nn.Sequential(*layers)
 
     def forward(self, z, t, y):
         marks = torch.cat([t[:, None], self.table(y)], 1)[:, :, None, None].expand(-1, -1, *z.shape[2:])
-        return self.up(F.silu(self.down(torch.cat([z, marks], 1)))) + self.across(z)
+        self.out = self.layers(torch.cat([z, marks], 1))
+        return self.out + self.across(z)
 
-def plain_settings(**change):
-    """The settings that train() reads, as anything with attributes."""
+def mlp(size):
+    """Two linear layers."""
+    return Bare(torch.nn.Flatten(), torch.nn.Linear(6 * size ** 2, 64), torch.nn.SiLU(),
+                torch.nn.Linear(64, 3 * size ** 2), torch.nn.Unflatten(1, (3, size, size)))
+
+def unet(size):
+    """Down, up and a connection across."""
+    return Bare(torch.nn.Conv2d(6, 16, 4, 2, 1), torch.nn.SiLU(), torch.nn.ConvTranspose2d(16, 3, 4, 2, 1))
+
+def loop(state, data, **change):
+    """train() on the CPU; the settings that it reads are anything with attributes."""
     plain = dict(steps=150, seed=0, batch_size=16, micro_batch=16, workers=0, lr=3e-3, k_lr=3.0,
                  warmup_epochs=0, clip=0.0, dtype=None)
-    return SimpleNamespace(**plain | change)
+    return train.train(state, Codec(), data, SimpleNamespace(**plain | change), torch.device("cpu"))
 
-@pytest.mark.parametrize("network", [MLP, UNet])
-def test_any_network_trains_and_samples(network):
-    """One that knows z, t, y alone: its loss falls, k moves, and its samples differ with the class."""
+@pytest.mark.parametrize("network, dtype", [(mlp, None), (unet, "bfloat16")])
+def test_any_network_trains_and_samples(network, dtype):
+    """One that knows z, t, y alone, also in bfloat16: its loss falls, k moves, samples follow the class."""
     torch.manual_seed(0)
-    state = train.State(KDiff(network(3 * 16 * 16, 8), num_classes=8, noise_scale=1.0), [0.9])
-    data = Shapes(200, 16)
-    losses = [loss for loss, *_ in train.train(state, Codec(), data, plain_settings(), torch.device("cpu"))]
-    assert len(losses) == state.step == 150 and state.kdiff.w != 0
-    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    state = train.State(KDiff(network(16), num_classes=8, noise_scale=1.0), [0.9])
+    losses = [loss for loss, *_ in loop(state, Shapes(200, 16), dtype=dtype)]
+    assert len(losses) == state.step == 150 and sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    assert state.kdiff.w != 0 and {p.dtype for p in state.parameters} == {torch.float32}
+    assert state.kdiff.net.out.dtype == getattr(torch, dtype or "float32")
     with state.averaged("0.9") as kdiff:
         images = generate(kdiff, Codec(), (3, 16, 16), [0, 5, 8], [3, 3, 3], 1.0, (0.1, 1.0), steps=4)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
-    assert (images[0].int() - images[1].int()).abs().max() > 20 and images[0].float().std() > 10
+    assert (images[0].int() - images[1].int()).abs().max() > 5 and images[0].float().std() > 10
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_a_step_is_algorithm_1_written_by_hand(clip):
     """Loss, AdamW, clipping and averages in plain formulas and one batch; the loop adds up micro batches."""
     torch.manual_seed(0)
-    kdiff, data = KDiff(MLP(3 * 8 * 8, 8), num_classes=8), Shapes(12, 8)
-    args = plain_settings(steps=5, seed=7, batch_size=6, micro_batch=4, warmup_epochs=2, clip=clip)
+    kdiff, data = KDiff(mlp(8), num_classes=8), Shapes(12, 8)
     by_hand, state = copy.deepcopy(kdiff).double(), train.State(kdiff, [0.9, 0.5])
     weights = dict(by_hand.named_parameters())
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in weights.items()}
     averages = {decay: {name: p.detach().clone() for name, p in weights.items()} for decay in (0.9, 0.5)}
-    steps = train.train(state, Codec(), data, args, torch.device("cpu"))
+    steps = loop(state, data, steps=5, seed=7, batch_size=6, micro_batch=4, warmup_epochs=2, clip=clip)
     for step, items in enumerate(Order(12, 6, 7, 0, 5)):
         x = torch.stack([data[i][0] for _, i in items]).float() / 127.5 - 1
         y = torch.tensor([data[i][1] for _, i in items])
@@ -921,38 +816,19 @@ def test_a_step_is_algorithm_1_written_by_hand(clip):
                 for decay, average in averages.items():
                     average[name].mul_(decay).add_((1 - decay) * p)
         assert next(steps) == pytest.approx((loss.item(), norm, lr), rel=1e-4) and state.step == step + 1
-        for name, p in state.kdiff.named_parameters():
-            torch.testing.assert_close(p.double(), weights[name], atol=1e-5, rtol=1e-3)
-        for decay in (0.9, 0.5):
-            for name, average in zip(state.names, state.averages[str(decay)]):
-                torch.testing.assert_close(average.double(), averages[decay][name], atol=1e-5, rtol=1e-3)
+        ours = [dict(kdiff.named_parameters()), *(dict(zip(state.names, a)) for a in state.averages.values())]
+        theirs = [weights, *averages.values()]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3, check_dtype=False)
     assert next(steps, None) is None
-    raw = kdiff.net.last.weight.detach().clone()
+    raw = kdiff.net.table.weight.detach().clone()
     with state.averaged("0.5") as averaged:
-        assert error(averaged.net.last.weight, averages[0.5]["net.last.weight"]) < 1e-4
-        assert not averaged.training
-    assert torch.equal(kdiff.net.last.weight, raw) and kdiff.training
+        assert error(averaged.net.table.weight, averages[0.5]["net.table.weight"]) < 1e-4
+        assert not averaged.training and not torch.equal(averaged.net.table.weight, raw)
+    assert torch.equal(kdiff.net.table.weight, raw) and kdiff.training
 
-def test_bfloat16_and_checkpointing_follow_float32():
-    """Ten steps of a JiT: bfloat16 autocast within noise of float32, recomputed activations equal."""
-    curves = {}
-    for name, dtype in (("float32", "float32"), ("bfloat16", "bfloat16"), ("recomputed", None)):
-        torch.manual_seed(0)
-        state = train.State(KDiff(model.build("JiT-narrow/8", 16, 8), num_classes=8, noise_scale=1.0), [0.9])
-        state.kdiff.net.checkpointing = name == "recomputed"
-        args = plain_settings(steps=10, lr=1e-2, dtype=dtype)
-        steps = train.train(state, Codec(), Shapes(64, 16), args, torch.device("cpu"))
-        curves[name] = [loss for loss, *_ in steps]
-        assert all(p.dtype == torch.float32 for p in state.parameters)
-    assert curves["recomputed"] == pytest.approx(curves["float32"], rel=1e-5)
-    assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=0.05)
-    assert curves["bfloat16"] != curves["float32"]
-
-# ------------------------------------------------------------------------------------------------------------
-# train.py: settings
-
-def settings_of(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+def settings_of(monkeypatch, words):
+    """What train.py makes of these flags."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
     return train.parse()
 
 def test_presets_are_table_4(monkeypatch):
@@ -965,58 +841,70 @@ def test_presets_are_table_4(monkeypatch):
             ("--space pixel", dict(model="JiT-B/16", image_size=256, epochs=600, warmup_epochs=5, t_mean=-0.8,
                                    t_std=0.8, noise_scale=1.0, tau=0.05, cfg=2.9)),
             ("--image_size 512", dict(model="JiT-B/32", image_size=512, noise_scale=2.0)),
-            ("--image_size 128 --model JiT-S/8", dict(model="JiT-S/8", noise_scale=0.5)),
-            ("--lr 0 --seed 3", dict(lr=0.0, seed=3)),
+            ("--image_size 128 --model JiT-S/8 --lr 0", dict(model="JiT-S/8", noise_scale=0.5, lr=0.0)),
             *((f"--space latent --target {target}", dict(tau=tau, target=target)) for target, tau in (
                 ("eps", 0.05), ("x", 0.05), ("0", 0.05), ("1.0", 0.05), ("v", 0.0), ("0.3", 0.0)))):
-        args = vars(settings_of(monkeypatch, "--data", "photos", *words.split()))
+        args = vars(settings_of(monkeypatch, f"--data photos {words}"))
         assert {key: args[key] for key in common | expected} == common | expected
-    demo = settings_of(monkeypatch)
+    demo, latent = (settings_of(monkeypatch, words) for words in ("", "--space latent --target 0.5"))
     assert (demo.model, demo.image_size, demo.tau, str(demo.out)) == ("JiT-demo/8", 32, 0.05, "out/pixel")
-    latent = settings_of(monkeypatch, "--space", "latent", "--target", "0.5")
     assert (latent.tokenizer, latent.preset, str(latent.out)) == ("pca", "demo", "out/latent-0.5")
 
 def test_settings_that_hang_on_data_are_filled_in(monkeypatch):
     """Steps from epochs, the largest micro batch that divides, the longest average that forgets the start."""
-    monkeypatch.setattr(train, "WORLD", 2)
-
     def settled(words):
-        args = settings_of(monkeypatch, *words.split())
-        return args, train.settle(args, Shapes(100, 32), Codec(), torch.device("cpu"))
-    args, config = settled("--batch_size 600 --epochs 12")
+        return train.settle(settings_of(monkeypatch, words), Shapes(100, 32), Codec(), torch.device("cpu"))
+    monkeypatch.setattr(train, "WORLD", 2)
     filled = dict(micro_batch=100, steps=2, workers=0, samples=64, sample_steps=25, compile=False,
                   net_size=32, in_channels=3, images=100, num_classes=8, processes=2, ema_default="0.95")
-    assert {key: config[key] for key in filled} == filled and config["out"] == "out/pixel"
+    config, paper = settled("--batch_size 600 --epochs 12"), settled("--preset paper")
+    assert {key: config[key] for key in filled} == filled
+    assert 1 <= paper["workers"] <= 8 and paper["samples"] == 8
     for steps, decay in ((89, "0.95"), (227, "0.95"), (228, "0.98"), (459, "0.99")):
-        assert settled(f"--steps {steps} --micro_batch 16")[1]["ema_default"] == decay
-    args, _ = settled("--preset paper")
-    assert 1 <= args.workers <= 8 and args.samples == 8
-    for words, message in (
-            ("--batch_size 65", "--batch_size 65 does not divide over 2 processes: try 64"),
-            ("--batch_size 1", "try 2"), ("--batch_size 12 --micro_batch 4", "the 6 images .* try 3")):
+        assert settled(f"--steps {steps} --micro_batch 16")["ema_default"] == decay
+    for words, message in (("--batch_size 65", "65 does not divide over 2 processes: try 64"),
+                           ("--batch_size 1", "try 2"), ("--batch_size 12 --micro_batch 4", "try 3")):
         with pytest.raises(UserError, match=message):
             settled(words)
 
-# ------------------------------------------------------------------------------------------------------------
-# train.py: as a command
+TINY = ("train.py", "--batch_size", 8, "--samples", 0, "--log_every", 1, "--model", "JiT-narrow/8")
 
-def launch(words, processes):
-    """What starts a script on one thread, under torchrun where processes is given: arguments of Popen."""
-    torchrun = [] if processes is None else [
-        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    path = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return dict(args=[sys.executable, *torchrun, *map(str, words)], text=True, cwd=HERE,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+def start(*words, processes=None, wait_for=None):
+    """Start a script, under torchrun for several processes, marked in their environment; await a word."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    path, mark = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", f"test-{time.time_ns()}"
+    process = subprocess.Popen(
+        [sys.executable, *(torchrun if processes else []), *map(str, words)], cwd=HERE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "MARK": mark},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.mark = mark
+    assert not wait_for or any(wait_for in line for line in process.stdout), f"it never printed {wait_for}"
+    return process
 
-def command(*words, processes=None, status=0):
-    """Run one of our scripts to its end; returns what it printed, its errors last."""
-    done = subprocess.run(**launch(words, processes), capture_output=True, timeout=150)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def alive(mark, *words):
+    """The ids of processes whose environment holds MARK=mark and these words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if {f"MARK={mark}", *words} <= set(path.read_text(errors="replace").split("\0")):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+def ending(process, status, began=None):
+    """What a process printed; asserts that it and all it started end in 10 s from began or an error line."""
+    said, timer = "", threading.Timer(150, lambda: [os.kill(pid, 9) for pid in alive(process.mark)])
+    timer.start()
+    for line in process.stdout:                       # to its end: when the last of its processes is gone
+        said += line
+        began = time.time() if began is None and line.startswith("error: ") else began
+    timer.cancel()
+    assert process.wait() == status and not alive(process.mark) and time.time() - (began or 1e12) < 10, said
+    assert not re.search(r"File .*(train|data|sample).py", said), said
+    return said
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Like command(), in this process."""
+    """Run one of our scripts in this process; returns what it printed, its errors last."""
     def call(script, *words, status=0):
         handlers, ended = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, 0
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
@@ -1031,70 +919,56 @@ def call(monkeypatch, capsys):
         return said
     return call
 
-TINY = ("train.py", "--batch_size", 8, "--samples", 0, "--log_every", 1, "--model", "JiT-narrow/8")
-
-TWO = """
-import os, signal, sys, torch
-import data, model, sample, train
-from objective import KDiff
-
-def call(module, *words):
-    sys.argv = [module.__name__ + ".py", *words]
-    module.main()
-
-def main():
-    photos, file, folder = sys.argv[1:]
-    os.chdir(folder)
-    call(train, *TINY, "--steps", "3", "--micro_batch", "2", "--out", "two")
-    model.Autoencoder.__init__.__defaults__ = ((32,) * 5, 32)
-    call(data, "encode", photos, "--tokenizer", file, *"--image_size 32 --batch_size 3 --out latents".split())
-    call(sample, "two/ckpt.pt", "--classes", "star,3", "--samples", "5", "--steps", "2", "--out", "s.npz")
-
-    class Spoiled(data.Shapes):                 # one process's second step holds an infinite pixel
+def work_of_two(folder):
+    """What each of two processes does for the fixture below, by `torchrun test_all.py FOLDER`."""
+    class Spoiled(Shapes):                      # one process's second step holds an infinite pixel
         def __getitem__(self, key):
             image, label = super().__getitem__(key)
             return image / 127.5 - 1 + (torch.inf if data.RANK == 1 and state.step == 1 else 0), label
-    torch.manual_seed(0)
-    state = train.State(KDiff(model.build("JiT-narrow/8", 16, 8), num_classes=8), [0.9])
-    sys.argv = "train.py --batch_size 4 --micro_batch 1 --workers 0 --steps 3 --clip 1".split()
-    for _, norm, _ in train.train(state, data.Codec(), Spoiled(12, 16), train.parse(), torch.device("cpu")):
-        moments = [t for moments in state.optimizer.state.values() for t in moments.values()]
-        sums = [sum(t.double().sum().item() for t in tensors)
-                for tensors in (state.parameters, state.averages["0.9"], moments)]
-        sys.stdout.write(f"rank {data.RANK} step {state.step} norm {norm:.8f} sums {sums}\\n")
 
-    def interrupted(log, lr, write=train.Log.write):                # one process is asked to stop
+    def call(module, *words):
+        sys.argv = [module.__name__, *map(str, words)]
+        module.main()
+
+    def interrupted(log, lr, write=train.Log.write):                      # one process is asked to stop
         if data.RANK == 1 and log.state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         write(log, lr)
+    os.chdir(folder)
+    call(train, *TINY[1:], "--steps", 3, "--micro_batch", 2, "--out", "two")
+    evaluate_shapes()
+    model.Autoencoder.__init__.__defaults__ = ((32,) * 5, 32)
+    call(data, *"encode photos --tokenizer vavae.pt --image_size 32 --batch_size 3 --out latents".split())
+    call(sample, *"two/ckpt.pt --classes star,3 --samples 5 --steps 2 --out s.npz".split())
+    torch.manual_seed(0)
+    state = train.State(KDiff(model.build("JiT-narrow/8", 16, 8), num_classes=8), [0.9])
+    for _, norm, _ in loop(state, Spoiled(12, 16), steps=3, batch_size=4, micro_batch=1, clip=1.0):
+        moments = [t for moments in state.optimizer.state.values() for t in moments.values()]
+        sums = [sum(t.double().sum().item() for t in tensors)
+                for tensors in (state.parameters, state.averages["0.9"], moments)]
+        sys.stdout.write(f"rank {data.RANK} step {state.step} norm {norm:.8f} sums {sums}\n")
     train.Log.write = interrupted
-    call(train, *TINY, "--steps", "9", "--out", "stopped")
-
-data.run(main)
-"""
+    call(train, *TINY[1:], "--steps", 9, "--out", "stopped")
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes under torchrun made of five tasks: (folder, what they printed)."""
+    """What two processes made of their work: (folder, what they printed)."""
     folder = tmp_path_factory.mktemp("two")
     (folder / "photos").mkdir()
-    for i in range(9):
-        Image.fromarray(noise(9, 40, 40, 3)[i]).save(folder / "photos" / f"{i}.png")
+    for i, image in enumerate(noise(9, 40, 40, 3)):
+        Image.fromarray(image).save(folder / "photos" / f"{i}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.Autoencoder.__init__, "__defaults__", ((32,) * 5, 32))
         torch.manual_seed(0)
         weights = VAVAE().state_dict() | {"loss.logvar": torch.zeros(())}
         torch.save({"state_dict": weights}, folder / "vavae.pt")
-    (folder / "two.py").write_text(TWO.replace("*TINY", ", ".join(repr(str(word)) for word in TINY[1:])))
-    return folder, command(folder / "two.py", folder / "photos", folder / "vavae.pt", folder, processes=2,
-                           status=1)
+    return folder, ending(start(HERE / "test_all.py", folder, processes=2), status=1)
 
 def test_two_processes_and_micro_batches_equal_one_process(two, call, tmp_path):
     """Same global batch: three steps agree to float tolerance, weights, averages, k and logged loss alike."""
     call(*TINY, "--steps", 3, "--out", tmp_path)
     one, other = (read_tensors(path / "ckpt.pt") for path in (tmp_path, two[0] / "two"))
-    for key, value in one["ema"]["0.95"].items():
-        torch.testing.assert_close(other["ema"]["0.95"][key], value, atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(other["ema"]["0.95"], one["ema"]["0.95"], atol=2e-5, rtol=1e-3)
     logs = [read_log(path, "loss")[1] for path in (tmp_path, two[0] / "two")]
     assert len(logs[0]) == 3 and logs[0] == pytest.approx(logs[1], rel=1e-4) and one["model"]["w"] != 0
     assert two[1].count("step 3/3 | ") == 1 and "8 = 2 processes x 2 micro batches x 2 images" in two[1]
@@ -1102,18 +976,17 @@ def test_two_processes_and_micro_batches_equal_one_process(two, call, tmp_path):
 def test_step_that_is_not_finite_on_one_process_changes_nothing_on_any(two):
     """Neither weights nor averages nor moments; all are told by the norm, stay equal and go on."""
     said = re.findall(r"rank (\d) step (\d) norm (\S+) sums (.*)", two[1])
-    told = {(int(rank), int(step)): (math.isfinite(float(norm)), sums) for rank, step, norm, sums in said}
-    assert len(told) == 6 and all(told[0, step] == told[1, step] for step in (1, 2, 3))
-    assert [told[0, step][0] for step in (1, 2, 3)] == [True, False, True]
-    assert told[0, 1][1] == told[0, 2][1] != told[0, 3][1]
+    told = {rank + step: (math.isfinite(float(norm)), sums) for rank, step, norm, sums in said}
+    assert len(told) == 6 and all(told["0" + step] == told["1" + step] for step in "123")
+    assert [told["0" + step][0] for step in "123"] == [True, False, True]
+    assert told["01"][1] == told["02"][1] != told["03"][1]
 
 def test_process_that_is_asked_to_stop_stops_all_after_the_same_step(two, call):
     """One of two got SIGTERM: both saved step 3, a line says so, and the same command goes on there."""
-    folder = two[0] / "stopped"
     assert two[1].count("stopped by signal 15 after step 3, saved in stopped/ckpt.pt: the same command") == 1
-    assert "exitcode  : 143" in two[1] and not re.search(r"File .*(train|data).py", two[1])
-    assert f"resuming from {folder / 'ckpt.pt'} at step 3" in call(*TINY, "--steps", 4, "--out", folder)
-    assert read_log(folder, "step")[0] == [1, 2, 3, 4]
+    said = call(*TINY, "--steps", 4, "--out", two[0] / "stopped")
+    assert "stopped/ckpt.pt at step 3" in said and "exitcode  : 143" in two[1]
+    assert read_log(two[0] / "stopped", "step")[0] == [1, 2, 3, 4]
 
 def test_samples_of_two_processes_make_one_file(two, call, tmp_path):
     """An npz of images, labels going round, and settings: the same as one process makes; or a folder."""
@@ -1124,11 +997,11 @@ def test_samples_of_two_processes_make_one_file(two, call, tmp_path):
         assert file["arr_1"].tolist() == [5, 3, 5, 3, 5] == one["arr_1"].tolist()
         assert np.abs(file["arr_0"].astype(int) - one["arr_0"]).max() <= 1 and file["arr_0"].std() > 10
         assert json.loads(str(file["settings"])).items() >= dict(steps=2, classes="star,3", n=5).items()
-    assert not [*tmp_path.glob("*tmp*"), *two[0].glob("*tmp*")]
     call(*words, 9, "--out", tmp_path / "pngs")
     names = sorted(path.name for path in (tmp_path / "pngs").iterdir())
     assert names == [*(f"{i:06}_{i % 8}.png" for i in range(9)), "settings.json"]
     assert "pngs holds " in call(*words, 9, "--out", tmp_path / "pngs", status=2)
+    assert not [*tmp_path.glob("*tmp*"), *two[0].glob("*tmp*")]
 
 def test_latents_of_two_processes_are_posterior_samples(two, small_vavae):
     """Mean and spread of the posterior, each with noise of its own, mirror images, statistics, labels."""
@@ -1154,77 +1027,59 @@ def test_latents_are_trained_on_resumed_and_sampled(two, small_vavae, call, tmp_
     assert "resuming" not in call(*words, 2) and "resuming" in call(*words, 3)
     it = load(ckpt)
     assert it.shape == (32, 2, 2) and it.codec.decodes and it.kdiff.tau == 0
-    call("sample.py", ckpt, "--n", 3, "--steps", 2, "--out", tmp_path / "grid.png")
-    assert Image.open(tmp_path / "grid.png").size[1] == 104                   # one class, one row
     file.rename(moved := tmp_path / "moved.pt")
     assert "--tokenizer" in call("sample.py", ckpt, status=2)
-    call("sample.py", ckpt, "--tokenizer", moved, "--n", 1, "--steps", 1)
-    assert "finished latents" in call("data.py", "encode", two[0] / "photos", "--tokenizer", moved,
-                                      "--image_size", 32, "--out", latents, status=2)
-    shutil.copytree(latents, tmp_path / "copy")
-    np.save(tmp_path / "copy" / "labels.npy", np.zeros(3, np.int64))
-    with pytest.raises(UserError, match="do not fit together"):
-        open_dataset(tmp_path / "copy", None)
-    (tmp_path / "copy" / "meta.json").unlink()
+    call("sample.py", ckpt, "--tokenizer", moved, "--n", 3, "--steps", 2, "--out", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").size[1] == 104                   # one class, one row
+    words = ("data.py", "encode", two[0] / "photos", "--tokenizer", moved, "--out", latents)
+    assert "finished latents" in call(*words, status=2)
+    shutil.copytree(latents, tmp_path / "copy", ignore=shutil.ignore_patterns("meta.json"))
     with pytest.raises(UserError, match="meta.json"):
         open_dataset(tmp_path / "copy", None)
 
-def test_demo_in_latents_whitens_them(call, tmp_path):
-    """The patches' components of the shapes, of mean 0 and std 1; the checkpoint holds what decodes them."""
-    call(*TINY[:-2], "--space", "latent", "--steps", 1, "--out", tmp_path)
-    it, shapes = load(tmp_path / "ckpt.pt"), Shapes(6400, 32)
-    images = torch.stack([shapes[i][0] for i in range(0, 6400, 49)])
-    x = it.codec.encode(images)
-    assert it.shape == tuple(x.shape[1:]) == (16, 4, 4)
-    assert x.mean((0, 2, 3)).abs().max() < 0.2 and (x.std((0, 2, 3)) - 1).abs().max() < 0.2
-    assert (it.codec.decode(x).float() - images).abs().mean() < 10
-
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(call, tmp_path):
     """2 + 2 steps against 4: model, averages, optimizer; each step is logged once; a finished run says so."""
+    halves, ckpt = (*TINY, "--out", tmp_path / "halves"), tmp_path / "halves" / "ckpt.pt"
     call(*TINY, "--steps", 4, "--keep_every", 3, "--out", tmp_path / "whole")
-    assert "resuming" not in call(*TINY, "--steps", 2, "--out", tmp_path / "halves")
-    shutil.copy(tmp_path / "halves" / "ckpt.pt", tmp_path / "early.pt")
-    call(*TINY, "--steps", 3, "--out", tmp_path / "halves")
-    shutil.copy(tmp_path / "early.pt", tmp_path / "halves" / "ckpt.pt")       # as if dead before saving
-    said = call(*TINY, "--steps", 4, "--out", tmp_path / "halves")
-    assert f"resuming from {tmp_path / 'halves' / 'ckpt.pt'} at step 2" in said
-    assert "resuming with steps 4, before: 2" in said
-    whole, halves = (read_tensors(tmp_path / name / "ckpt.pt") for name in ("whole", "halves"))
-    for part in ("model", "optimizer", "ema"):
-        a, b = (torch.utils._pytree.tree_flatten(file[part])[0] for file in (whole, halves))
-        assert len(a) == len(b) > 10
-        assert all(torch.equal(p, q) if torch.is_tensor(p) else p == q for p, q in zip(a, b))
+    assert "resuming" not in call(*halves, "--steps", 2)
+    early = ckpt.read_bytes()
+    call(*halves, "--steps", 3)
+    ckpt.write_bytes(early)                                                   # as if dead before saving
+    said = call(*halves, "--steps", 4)
+    assert f"resuming from {ckpt} at step 2" in said and "resuming with steps 4, before: 2" in said
+    a, b = ({part: read_tensors(path)[part] for part in ("model", "optimizer", "ema")}
+            for path in (tmp_path / "whole" / "ckpt.pt", ckpt))
+    torch.testing.assert_close(a, b, atol=0, rtol=0)
     assert read_log(tmp_path / "whole", "loss") == read_log(tmp_path / "halves", "loss")
-    assert read_log(tmp_path / "whole", "step")[0] == [1, 2, 3, 4]
+    assert read_log(tmp_path / "whole", "step")[0] == [1, 2, 3, 4] and len(a["optimizer"]["state"]) > 10
     kept = sorted(tmp_path.glob("whole/ckpt*"))
     assert [(path.name, load(path).step) for path in kept] == [("ckpt-0000003.pt", 3), ("ckpt.pt", 4)]
-    assert "finished at step 4" in call(*TINY, "--steps", 4, "--out", tmp_path / "halves")
-    for word, said in (("--target v", "target k, not v"), ("--seed 1", "seed 0, not 1"),
-                       ("--model JiT-wide/8", "model JiT-narrow/8, not JiT-wide/8")):
-        assert f"with {said}" in call(*TINY, *word.split(), "--out", tmp_path / "halves", status=2)
+    assert "finished at step 4" in call(*halves, "--steps", 4)
+    for word, said in (("--target v", "target k, not v"), ("--seed 1", "seed 0, not 1")):
+        assert f"with {said}" in call(*halves, *word.split(), status=2)
 
 def test_short_demo_raises_k_and_writes_its_files(call, tmp_path, monkeypatch):
-    """Forty steps of the pixel demo move k from 0.5 past 0.6; pictures and log are there; it samples."""
+    """Forty steps of the pixel demo move k from 0.5 past 0.6; pictures, log; latents are white."""
     assert " s a step here " in call(*TINY, "--dry_run", "--out", tmp_path / "none")
     labels, draw = [], sample.sample_all
     monkeypatch.setattr(train, "sample_all", lambda *a, **how: labels.append(a[3]) or draw(*a, **how))
     flags = "--steps 40 --batch_size 32 --samples 16 --sample_steps 2 --sample_every 20"
-    said = call("train.py", *flags.split(), "--out", tmp_path)
-    assert labels == [sorted([*range(8)] * 2)] * 2
-    steps, ks = read_log(tmp_path, "k")
-    assert steps == [20, 40] and ks[1] > 0.6 and "samples.png" in said and "done in 0:" in said
+    said, (steps, ks) = call("train.py", *flags.split(), "--out", tmp_path), read_log(tmp_path, "k")
+    assert labels == [sorted([*range(8)] * 2)] * 2 and "samples.png" in said and "done in 0:" in said
+    assert steps == [20, 40] and ks[1] > 0.6 and "= 0.20 epochs of 200.0 steps" in said
     assert re.search(r"^step 40/40 \| epoch 0.2 \| loss \d\.\d{4} \| k 0.\d{3} \| lr \d\.\de-03 \| "
                      r"grad \d\.\d\d \| [\d,]+ img/s \| eta 0:00:00$", said, re.M)
-    assert "= 0.20 epochs of 200.0 steps" in said
     assert Image.open(tmp_path / "samples.png").size[1] == 8 * 100 + 4
     assert {path.name for path in tmp_path.iterdir()} == {
         "ckpt.pt", "log.csv", "curves.png", "samples.png", "samples-0000020.png"}
-    call("sample.py", tmp_path / "ckpt.pt", "--classes", "star,3", "--n", 4, "--steps", 2)
-    assert Image.open(tmp_path / "samples.png").size[1] == 2 * 100 + 4
-    assert "star9" in call("sample.py", tmp_path / "ckpt.pt", "--classes", "star9", status=2)
     call("sample.py", tmp_path, tmp_path, "--plot", "k", "--out", tmp_path / "k.png")
     assert Image.open(tmp_path / "k.png").size == (560, 380)
     assert "column 'q'" in call("sample.py", tmp_path, "--plot", "q", status=2)
+    call(*TINY[:-2], "--space", "latent", "--steps", 1, "--out", tmp_path / "latent")
+    it, images = load(tmp_path / "latent" / "ckpt.pt"), data.some_items(Shapes(6400, 32), 200)
+    x = it.codec.encode(images)                                               # whitened, and decoded again
+    assert x.mean((0, 2, 3)).abs().max() < 0.2 and (x.std((0, 2, 3)) - 1).abs().max() < 0.2
+    assert it.shape == (16, 4, 4) and (it.codec.decode(x).float() - images).abs().mean() < 10
 
 @pytest.mark.parametrize("target, columns", [
     ("two", ("k1", "k2", "k")), ("time", ("k",)), ("channel", ("k", "k_min", "k_max"))])
@@ -1240,64 +1095,45 @@ def test_what_other_targets_learn_is_logged_and_drawn(call, tmp_path, monkeypatc
     assert (tmp_path / "k_of_t.png").exists() == (target == "time")
     if target == "channel":
         with open(tmp_path / "k_of_channel.csv", newline="") as file:
-            rows = [tuple(float(row[name]) for name in ("channel", "variance", "k"))
-                    for row in csv.DictReader(file)]
-        shapes = Shapes(6400, 16)
-        images = torch.stack([shapes[i][0] for i in range(0, 6400, 15)]).float() / 127.5 - 1
-        total = F.pixel_unshuffle(images, 8).var((0, 2, 3)).sum().item()      # no basis changes it
-        assert [row[0] for row in rows] == list(range(192)) and rows[0][1] > 20 * rows[50][1]
-        assert sum(row[1] for row in rows) == pytest.approx(total, rel=0.1)
-        assert min(row[2] for row in rows) == pytest.approx(logged[1], abs=1e-5)
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 192 and float(rows[0]["variance"]) > 20 * float(rows[50]["variance"])
+        assert min(float(row["k"]) for row in rows) == pytest.approx(logged[1], abs=1e-5)
 
 def test_samples_are_measured_once(call, tmp_path, monkeypatch):
     """fid.csv has a row per setting, as fid.py finds it for the same samples in a file; fid.png the curve."""
     call(*TINY, "--steps", 2, "--keep_every", 1, "--out", tmp_path)
     np.savez(tmp_path / "ref.npz", mu=np.zeros(768), sigma=np.eye(768), features="pixels")
-    words = ("sample.py", tmp_path / "ckpt-0000002.pt", "--n", 6, "--steps", 2, "--solver", "euler")
-    features = ("--features", "pixels")
-    measured, evaluate = [], fid.evaluate
+    words, use = ("--n", 6, "--steps", 2, "--solver", "euler"), (tmp_path / "ref.npz", "--features", "pixels")
+    measured, pictures, evaluate = [], set(), fid.evaluate
     monkeypatch.setattr(fid, "evaluate", lambda *a, **kw: measured.append(1) or evaluate(*a, **kw))
-
-    def table(*more):
-        said = call(*words[:2], *more, *words[2:], "--fid", tmp_path / "ref.npz", *features)
+    for step, cfg, n, told in ((2, "2.0", 1, "2 2.0"), (2, "2.0", 1, "2 2.0"),
+                               (2, "1.25", 2, "2 2.0, 2 1.25"), (1, "2.0", 3, "1 2.0, 2 2.0, 2 1.25")):
+        call("sample.py", tmp_path / f"ckpt-000000{step}.pt", "--cfg", cfg, *words, "--fid", *use)
         with open(tmp_path / "fid.csv", newline="") as file:
-            return said, list(csv.DictReader(file)), len(measured)
-    said, rows, n = table()
-    assert (len(rows), n) == (1, 1) and rows[0]["step"] == "2" and rows[0]["checkpoint"] == "ckpt-0000002.pt"
-    picture = (tmp_path / "fid.png").read_bytes()
-    said, again, n = table()
-    assert again == rows and n == 1 and "measured already" in said
-    _, rows, n = table("--cfg", 1.25)
-    assert (len(rows), n) == (2, 2) and [row["cfg"] for row in rows] == ["2.0", "1.25"]
-    assert (tmp_path / "fid.png").read_bytes() != picture
-    _, rows, n = table(tmp_path / "ckpt-0000001.pt")
-    assert (len(rows), n) == (3, 3) and [row["step"] for row in rows] == ["1", "2", "2"]
-    call(*words, "--out", tmp_path / "s.npz")
-    said = call("fid.py", tmp_path / "s.npz", tmp_path / "ref.npz", *features)
-    distance = float(re.search(r"pixel distance (\S+)", said)[1])
+            rows = list(csv.DictReader(file))
+        assert ", ".join(f"{row['step']} {row['cfg']}" for row in rows) == told and len(measured) == n
+        assert len(pictures := pictures | {(tmp_path / "fid.png").read_bytes()}) == n
+    call("sample.py", tmp_path / "ckpt-0000002.pt", *words, "--out", tmp_path / "s.npz")
+    distance = distance_in(call("fid.py", tmp_path / "s.npz", *use))
     assert distance == pytest.approx(float(rows[1]["pixel_distance"]), rel=1e-3)
 
-def test_init_with_other_classes_starts_the_table_of_labels_anew(call, tmp_path):
+def test_init_with_other_classes_starts_the_table_of_labels_anew(call, photos, tmp_path):
     """All other weights are the checkpoint's default average; another target starts its own w; it is told."""
     call(*TINY, "--steps", 2, "--out", tmp_path / "source")
-    for name in ("a", "b"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        Image.fromarray(noise(32, 32, 3)).save(tmp_path / "data" / name / "0.png")
-    ckpt = tmp_path / "source" / "ckpt.pt"
-    source = load(ckpt).kdiff.state_dict()
+    source = load(ckpt := tmp_path / "source" / "ckpt.pt").kdiff.state_dict()
     words = (*TINY, *"--batch_size 2 --steps 1 --lr 0 --init".split(), ckpt, "--out")
     for more, told, anew in (
-            (("--data", tmp_path / "data", "--preset", "demo"), "knows 8 classes, these data have 2: the table",
+            (("--data", photos, "--preset", "demo"), "knows 8 classes, these data have 3: the",
              "net.y_embedder.embedding_table.weight"),
             (("--target", "time"), "predicts k, this run time", "w")):
         said = call(*words, tmp_path / anew, *more)
         ours = read_tensors(tmp_path / anew / "ckpt.pt")["model"]
-        other = {key for key in source if not torch.equal(ours[key], source[key])}
-        assert told in said and said.count("--init ") == 1 and other == {anew}
+        assert told in said and said.count("--init ") == 1
+        assert {key for key in source if not torch.equal(ours[key], source[key])} == {anew}
     assert "not a JiT-wide/8" in call(*words, tmp_path / "no", "--model", "JiT-wide/8", status=2)
 
 # ------------------------------------------------------------------------------------------------------------
-# fid.py: network
+# fid.py
 
 def plain_inception(images, state):
     """FID's network in float64 from its description, of 4 channels each, 3 x 3; state gets the weights."""
@@ -1308,50 +1144,38 @@ def plain_inception(images, state):
 
     def matrix(n):                                                            # TF1 bilinear, (299, n)
         at = torch.arange(299).double() * n / 299
-        low = at.long()
-        one_hot = F.one_hot(torch.stack([low, (low + 1).clamp(max=n - 1)]), n).double()
-        return one_hot[0] * (1 - at + low)[:, None] + one_hot[1] * (at - low)[:, None]
+        low, pick = at.long(), torch.eye(n).double()
+        return pick[low] * (1 - at + low)[:, None] + pick[(low + 1).clamp(max=n - 1)] * (at - low)[:, None]
 
-    def conv(x, name, stride=1, valid=False):
-        x = F.conv2d(x, weight(f"{name}.conv.weight", 4, x.shape[1], 3, 3), None, stride, 0 if valid else 1)
-        mean, var, scale, shift = (weight(f"{name}.bn.{key}", 4)
+    def conv(x, name, stride=1, padding=1):
+        x = F.conv2d(x, weight(f"{name}.conv.weight", 4, x.shape[1], 3, 3), None, stride, padding)
+        mean, var, scale, shift = (weight(f"{name}.bn.{key}", 4)[:, None, None]
                                    for key in ("running_mean", "running_var", "weight", "bias"))
         state[f"{name}.bn.num_batches_tracked"] = torch.tensor(0)
-        return F.relu((x - mean[:, None, None]) / (var[:, None, None] + 1e-3).sqrt() * scale[:, None, None]
-                      + shift[:, None, None])
-
-    def chain(x, name, n, halves=False):
-        for i in range(1, n + 1):
-            x = conv(x, f"{name}_{i}", 2, True) if halves and i == n else conv(x, f"{name}_{i}")
-        return x
-
-    def average(x):                                                          # the padding is not counted
-        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x[:, :1]), 3, 1, 1)
-
-    def fork(x, name):
-        return torch.cat([conv(x, name + "a"), conv(x, name + "b")], 1)
-
+        return F.relu((x - mean) / (var + 1e-3).sqrt() * scale + shift)
     x = (matrix(images.shape[2]) @ images.double() @ matrix(images.shape[3]).T - 128) / 128
-    x = conv(conv(conv(x, "Conv2d_1a_3x3", 2, True), "Conv2d_2a_3x3", valid=True), "Conv2d_2b_3x3")
-    x = conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3", valid=True)
-    x = F.max_pool2d(x, 3, 2)
-    for m in ("Mixed_5b.", "Mixed_5c.", "Mixed_5d."):
-        x = torch.cat([conv(x, m + "branch1x1"), chain(x, m + "branch5x5", 2),
-                       chain(x, m + "branch3x3dbl", 3), conv(average(x), m + "branch_pool")], 1)
-    x = torch.cat([conv(x, "Mixed_6a.branch3x3", 2, True), chain(x, "Mixed_6a.branch3x3dbl", 3, True),
-                   F.max_pool2d(x, 3, 2)], 1)
-    for m in ("Mixed_6b.", "Mixed_6c.", "Mixed_6d.", "Mixed_6e."):
-        x = torch.cat([conv(x, m + "branch1x1"), chain(x, m + "branch7x7", 3),
-                       chain(x, m + "branch7x7dbl", 5), conv(average(x), m + "branch_pool")], 1)
-    x = torch.cat([chain(x, "Mixed_7a.branch3x3", 2, True), chain(x, "Mixed_7a.branch7x7x3", 4, True),
-                   F.max_pool2d(x, 3, 2)], 1)
-    for m, pool in (("Mixed_7b.", average), ("Mixed_7c.", lambda x: F.max_pool2d(x, 3, 1, 1))):
-        x = torch.cat([conv(x, m + "branch1x1"), fork(conv(x, m + "branch3x3_1"), m + "branch3x3_2"),
-                       fork(chain(x, m + "branch3x3dbl", 2), m + "branch3x3dbl_3"),
-                       conv(pool(x), m + "branch_pool")], 1)
-    pool3 = x.mean((2, 3))
+    x = conv(conv(conv(x, "Conv2d_1a_3x3", 2, 0), "Conv2d_2a_3x3", 1, 0), "Conv2d_2b_3x3")
+    x = F.max_pool2d(conv(conv(F.max_pool2d(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3", 1, 0), 3, 2)
+    for blocks, branches in (                                    # branches of so many numbered convolutions
+            ("5b 5c 5d", dict(branch1x1=0, branch5x5=2, branch3x3dbl=3)),
+            ("6a", dict(branch3x3=0, branch3x3dbl=3)),
+            ("6b 6c 6d 6e", dict(branch1x1=0, branch7x7=3, branch7x7dbl=5)),
+            ("7a", dict(branch3x3=2, branch7x7x3=4)),
+            ("7b 7c", dict(branch1x1=0, branch3x3=2, branch3x3dbl=3))):
+        for block in blocks.split():
+            parts, halves = [], block in ("6a", "7a")
+            for name, n in branches.items():
+                y, names = x, [f"Mixed_{block}.{name}_{i + 1}" for i in range(n)] or [f"Mixed_{block}.{name}"]
+                for each in names[:-1]:
+                    y = conv(y, each)
+                ends = "ab" if block in ("7b", "7c") and n else [""]                  # the last fork there
+                parts += [conv(y, names[-1] + end, *((2, 0) if halves else ())) for end in ends]
+            mean = F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x), 3, 1, 1)   # no padding
+            pool = F.max_pool2d(x, 3, 1, 1) if block == "7c" else mean
+            parts += [F.max_pool2d(x, 3, 2) if halves else conv(pool, f"Mixed_{block}.branch_pool")]
+            x = torch.cat(parts, 1)
     weight("fc.bias", 1008)
-    return pool3, pool3 @ weight("fc.weight", 1008, pool3.shape[1]).T
+    return x.mean((2, 3)), x.mean((2, 3)) @ weight("fc.weight", 1008, x.shape[1]).T
 
 def test_inception_agrees_with_plain_layers(tmp_path):
     """One side enlarged, one shrunk; keys as published (a checksum); train() and autocast change nothing."""
@@ -1370,68 +1194,47 @@ def test_inception_agrees_with_plain_layers(tmp_path):
         with pytest.raises(UserError, match="random.pth: not FID's Inception"):
             fid.Inception(path)
 
-@pytest.mark.parametrize("size", [17, 299, 512])
-def test_resize_reads_source_i_n_over_299(size):
-    """A ramp, in either direction, stays a ramp; past the last pixel it is flat."""
-    ramp = torch.arange(size).clamp(max=255).to(torch.uint8).expand(1, 3, size, size)
-    expected = np.interp(np.arange(299) * size / 299, np.arange(size), ramp[0, 0, 0].numpy())
-    for out in (fid.resize(ramp)[0, 1], fid.resize(ramp.mT)[0, 1].T):
-        assert np.abs(out.numpy() - expected).max() < 1e-4
-
-# ------------------------------------------------------------------------------------------------------------
-# fid.py: distances
-
-def covariance(n, dim, seed, scale=1.0):
-    x = np.random.RandomState(seed).randn(n, dim) * np.linspace(1, 0.1, dim) * scale
-    return x, x.mean(0), np.cov(x, rowvar=False)
-
 def test_frechet_distance_has_its_closed_forms():
-    """Equal covariances: |mu1 - mu2|^2. aa I, bb I: D (a - b)^2. Commuting: the roots' squared distance."""
-    rng, D = np.random.RandomState(0), 50
-    _, mu, sigma = covariance(200, D, 1)
-    shift = rng.randn(D)
-    assert fid.frechet_distance(mu, sigma, mu + shift, sigma) == pytest.approx(shift @ shift, rel=1e-10)
-    assert fid.frechet_distance(mu, 25 * np.eye(D), mu, 4 * np.eye(D)) == pytest.approx(D * 9, rel=1e-10)
-    turn, (a, b) = np.linalg.qr(rng.randn(D, D))[0], rng.rand(2, D) ** 4
-    distance = fid.frechet_distance(mu, turn * a @ turn.T, mu, turn * b @ turn.T)
-    assert distance == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum(), rel=1e-9)
+    """Equal covariances: |mu1 - mu2|^2. Commuting: the roots' squared distance. No shape else, nor NaN."""
+    rng, mu = np.random.RandomState(0), np.zeros(50)
+    turn, (a, b) = np.linalg.qr(rng.randn(50, 50))[0], rng.rand(2, 50) ** 4
+    s1, s2, shift = turn * a @ turn.T, turn * b @ turn.T, rng.randn(50)
+    assert fid.frechet_distance(mu, s1, shift, s1) == pytest.approx(shift @ shift, rel=1e-10)
+    assert fid.frechet_distance(mu, s1, mu, s2) == pytest.approx(((a ** 0.5 - b ** 0.5) ** 2).sum(), rel=1e-9)
     assert fid.frechet_distance(np.ones(5), np.zeros((5, 5)), np.zeros(5), np.zeros((5, 5))) == 5
+    for bad in ((mu[None], s1), (mu, s1[:3]), (mu[:3], s1[:3, :3]), (mu * np.nan, s1), (mu, s1 + np.inf)):
+        for four in ((mu, s1, *bad), (*bad, mu, s1)):
+            with pytest.raises(UserError):
+                fid.frechet_distance(*four)
 
 @pytest.mark.parametrize("n", [10, 100, 101, 102, 300])
 @pytest.mark.parametrize("m", [80, 400])
-def test_frechet_distance_is_exact_at_every_rank(n, m):
-    """n samples in 100 dimensions: 0 to themselves; to others by the nuclear norm of X Y^T."""
-    (x, mu1, s1), (y, mu2, s2) = covariance(n, 100, 0, 3), covariance(m, 100, 1)
-    assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
-    x, y = (x - mu1) / (n - 1) ** 0.5, (y - mu2) / (m - 1) ** 0.5
+def test_frechet_distance_is_exact_at_every_rank(monkeypatch, n, m):
+    """n and m samples in 100 dimensions, definite or not: 0 to themselves; else by the norm of X Y^T."""
+    singular, svdvals = [], scipy.linalg.svdvals
+    monkeypatch.setattr(scipy.linalg, "svdvals", lambda a: singular.append(1) or svdvals(a))
+    x, y = (np.random.RandomState(rows).randn(rows, 100) * np.linspace(1, 0.1, 100) for rows in (n, m))
+    (mu1, s1), (mu2, s2) = ((samples.mean(0), np.cov(samples, rowvar=False)) for samples in (3 * x, y))
+    x, y = (3 * x - mu1) / (n - 1) ** 0.5, (y - mu2) / (m - 1) ** 0.5
     cross = np.linalg.svd(x @ y.T)[1].sum()
     if min(n, m) > 101:                                          # at full rank, where sqrtm keeps its digits
         assert cross == pytest.approx(np.trace(scipy.linalg.sqrtm(s1 @ s2)).real, rel=1e-9)
     expected = (mu1 - mu2) @ (mu1 - mu2) + (x ** 2).sum() + (y ** 2).sum() - 2 * cross
-    assert fid.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(expected, rel=1e-10)
-    assert fid.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(expected, rel=1e-10)
-
-def test_frechet_distance_refuses_what_is_no_statistics():
-    """Other shapes, NaN, infinity, on either side."""
-    mu, sigma = good = np.zeros(4), np.eye(4)
-    for bad in ((mu[None], sigma), (mu, sigma[:3]), (mu[:3], sigma[:3, :3]), (mu * np.nan, sigma),
-                (mu, sigma + np.inf)):
-        for four in ((*good, *bad), (*bad, *good)):
-            with pytest.raises(UserError):
-                fid.frechet_distance(*four)
+    for four in ((mu1, s1, mu2, s2), (mu2, s2, mu1, s1)):
+        assert fid.frechet_distance(*four) == pytest.approx(expected, rel=1e-10)
+    assert n == 100 or bool(singular) == (min(n, m) < 101)       # at rank 99 rounding decides
+    assert abs(fid.frechet_distance(mu1, s1, mu1, s1)) < 1e-6
 
 def test_inception_score_is_the_mean_kl_of_uneven_splits():
-    """By loops over 103 rows in 10 splits of 10 and 11; 1 where all agree, K for K certain classes."""
+    """By loops over 103 rows in 10 splits of 10 and 11; K for K certain classes; too few are refused."""
     logits = 3 * np.random.RandomState(0).randn(103, 7).astype(np.float32)
-    p = np.exp(logits.astype(np.float64))[np.random.RandomState(2020).permutation(103)]
+    p, scores = np.exp(logits.astype(np.float64))[np.random.RandomState(2020).permutation(103)], []
     p /= p.sum(1, keepdims=True)
-    scores = []
     for i in range(10):
         part = p[i * 103 // 10:(i + 1) * 103 // 10]
         scores.append(np.exp(sum((row * np.log(row / part.mean(0))).sum() for row in part) / len(part)))
     expected = np.mean(scores), np.std(scores)
     assert fid.inception_score(torch.from_numpy(logits)) == pytest.approx(expected, rel=1e-10)
-    assert fid.inception_score(np.ones((10, 5))) == pytest.approx((1, 0), abs=1e-12)
     certain = torch.eye(4, 5, dtype=torch.float64).repeat(2, 1) * 2000    # class 4 never: 0 log 0 is not NaN
     assert fid.inception_score(certain, splits=1) == pytest.approx((4, 0), rel=1e-12)
     with pytest.raises(UserError):
@@ -1440,58 +1243,43 @@ def test_inception_score_is_the_mean_kl_of_uneven_splits():
 @pytest.mark.parametrize("sizes", [[1] * 60, [60], [7, 20, 33]])
 def test_streamed_statistics_equal_one_pass(sizes):
     """numpy's mean and cov for every way to cut the stream, around a mean a million times the spread."""
-    x = np.random.RandomState(0).randn(60, 8) + 1e6
-    statistics = fid.Statistics(8)
+    x, statistics = np.random.RandomState(0).randn(60, 8) + 1e6, fid.Statistics(8)
     for part in torch.from_numpy(x).split(sizes):
         statistics.add(part)
     mu, sigma, n = statistics.finish()
     assert n == 60 and np.abs(mu - x.mean(0)).max() < 1e-8
     assert np.abs(sigma - np.cov(x, rowvar=False)).max() < 1e-8
 
-# ------------------------------------------------------------------------------------------------------------
-# fid.py: evaluation
-
-STUB = """
-import json, numpy as np, torch, fid
-from data import RANK, WORLD, Shapes, print0, run, setup
-
 class Stub(fid.Pixels):
+    """12 features and logits made of them, in the place of Inception's."""
     key, dim = "fid", 12
+
     def __init__(self, path):
         super().__init__()
         self.sha256 = fid.sha256(path)
+
     def forward(self, images):
-        features = torch.nn.functional.adaptive_avg_pool2d(images / 255, 2).flatten(1)
+        features = F.adaptive_avg_pool2d(images / 255, 2).flatten(1)
         return features, features.repeat(1, 84) * 8
-"""
-SPLIT = STUB + """
-def main():
-    setup("cpu")
-    mine = list(range(53 * RANK // WORLD, 53 * (RANK + 1) // WORLD))
+
+def evaluate_shapes():
+    """Print the evaluation of 53 shapes in batches of 10, the last first, by all processes."""
+    mine = list(range(53 * data.RANK // data.WORLD, 53 * (data.RANK + 1) // data.WORLD))
     parts = [mine[i:i + 10] for i in range(0, len(mine), 10)]
-    batches = [(torch.stack([Shapes(53, 32)[i][0] for i in part]), part[0]) for part in parts]
+    batches = [(torch.stack([Shapes(53, 32)[i][0] for i in part]), part[0]) for part in reversed(parts)]
     reference = fid.Source("none", mu=np.zeros(12), sigma=np.eye(12))
-    print0(json.dumps(fid.evaluate(reversed(batches), Stub(fid.__file__), reference)))
+    data.print0(json.dumps(fid.evaluate(batches, Stub(fid.__file__), reference)))
 
-run(main)
-"""
-
-def test_evaluation_does_not_depend_on_processes_batches_or_their_order(tmp_path, capsys):
+def test_evaluation_does_not_depend_on_processes_batches_or_their_order(two, capsys):
     """Distance and score of 53 images at once, in batches of 10, the last first, and on two processes."""
-    stub = {}
-    exec(STUB, stub)
-    images = torch.stack([Shapes(53, 32)[i][0] for i in range(53)])
-    features, logits = stub["Stub"](fid.__file__)(images)
+    features, logits = Stub(fid.__file__)(torch.stack([Shapes(53, 32)[i][0] for i in range(53)]))
     mu, sigma = features.double().mean(0).numpy(), np.cov(features.double().numpy(), rowvar=False)
-    score = fid.inception_score(logits)
-    expected = {"fid": fid.frechet_distance(mu, sigma, np.zeros(12), np.eye(12)), "n": 53,
-                "is_mean": score[0], "is_std": score[1]}
+    score, distance = fid.inception_score(logits), fid.frechet_distance(mu, sigma, np.zeros(12), np.eye(12))
+    expected = {"fid": distance, "n": 53, "is_mean": score[0], "is_std": score[1]}
+    evaluate_shapes()
+    for said in (capsys.readouterr().out, two[1]):
+        assert json.loads(re.search(r'^\{"fid".*\}$', said, re.M)[0]) == pytest.approx(expected, rel=1e-7)
     assert score[0] > 1.01
-    exec(SPLIT, {})
-    assert json.loads(capsys.readouterr().out) == pytest.approx(expected, rel=1e-7)
-    (tmp_path / "split.py").write_text(SPLIT)
-    said = command(tmp_path / "split.py", processes=2).splitlines()[0]
-    assert json.loads(said) == pytest.approx(expected, rel=1e-7)
 
 @pytest.fixture
 def samples(tmp_path):
@@ -1499,8 +1287,8 @@ def samples(tmp_path):
     images = torch.stack([Shapes(12, 32)[i][0] for i in range(12)])
     arr_0 = images.permute(0, 2, 3, 1).numpy()
     for i, image in enumerate(arr_0):
-        (tmp_path / "png" / str(i // 6)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "png" / str(i // 6) / f"{i:03}.png")
+        (folder := tmp_path / "png" / str(i // 6)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:03}.png")
     (tmp_path / "png" / "settings.json").write_text('{"cfg": 2.5}')
     np.savez(tmp_path / "stored.npz", arr_0=arr_0, arr_1=np.zeros(12), settings=np.array('{"cfg": 2.5}'))
     np.savez_compressed(tmp_path / "deflated.npz", arr_0=arr_0)
@@ -1510,218 +1298,138 @@ def samples(tmp_path):
 @pytest.mark.parametrize("name", ["png", "stored.npz", "deflated.npz", "packed.npy"])
 def test_every_kind_of_file_gives_the_same_images(samples, monkeypatch, name):
     """All, and the middle one of three processes' shares, in batches that do not divide it."""
-    folder, images = samples
-    source = fid.open_source(str(folder / name), "pixels")
-    assert (source.n, source.size) == (12, (32, 32))
+    source = fid.open_source(str(samples[0] / name), "pixels")
+    assert (source.n, source.size) == (12, (32, 32)) and torch.equal(source.read(0, 12), samples[1])
     assert source.settings == ({"cfg": 2.5} if name in ("png", "stored.npz") else None)
-    assert torch.equal(source.read(0, 12), images)
     monkeypatch.setattr(fid, "RANK", 1)
     monkeypatch.setattr(fid, "WORLD", 3)
     batches, indices = zip(*source.batches(3))
-    assert torch.equal(torch.cat(batches), images[4:8]) and indices == (4, 7)
+    assert torch.equal(torch.cat(batches), samples[1][4:8]) and indices == (4, 7)
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_is_streamed(tmp_path, save):
     """Reading 6 MB in batches of 0.2 MB never holds 2 MB, deflated or not."""
     save(tmp_path / "a.npz", arr_0=noise(500, 64, 64, 3) // 32)
-    source = fid.open_source(str(tmp_path / "a.npz"), "pixels")
     tracemalloc.start()
-    total, peak = sum(int(batch.sum()) for batch, _ in source.batches(16)), tracemalloc.get_traced_memory()[1]
+    batches = fid.open_source(str(tmp_path / "a.npz"), "pixels").batches(16)
+    assert sum(len(batch) for batch, _ in batches) == 500 and tracemalloc.get_traced_memory()[1] < 2e6
     tracemalloc.stop()
-    assert total > 0 and peak < 2e6
 
-def fid_command(monkeypatch, capsys, *words):
-    """What `python fid.py ...` prints, its errors, and its exit status."""
-    monkeypatch.setattr(sys, "argv", ["fid.py", *map(str, words)])
-    status = 0
-    try:
-        run(fid.main)
-    except SystemExit as exit:
-        status = exit.code
-    said = capsys.readouterr()
-    return said.out, [line for line in said.err.splitlines() if not line.startswith("images ")], status
+def distance_in(said):
+    """The FID or pixel distance that fid.py printed."""
+    return float(re.search(r"^(?:FID|pixel distance) (\S+)", said, re.M)[1])
 
-def test_reference_is_written_used_and_told(samples, monkeypatch, capsys):
+def test_reference_is_written_used_and_told(samples, call):
     """Samples are 0 from their own reference, elsewhere not; hash and settings are printed, `FID` is not."""
-    folder, images = samples
-    words = ("--features", "pixels", "--batch_size", 5)
-    made = ("--make_ref", folder / "png", "--image_size", 32, "--out", folder / "ref.npz")
-    assert fid_command(monkeypatch, capsys, *made, *words)[2] == 0
+    (folder, images), how = samples, ("--features", "pixels", "--batch_size", 5)
+    make = ("fid.py", "--out", folder / "ref.npz", *how, "--make_ref")
+    call(*make, folder / "png", "--image_size", 32)
     ref = fid.load_reference(str(folder / "ref.npz"), "pixels")
     features = images.numpy().reshape(12, 3, 16, 2, 16, 2).mean((3, 5)).reshape(12, 768) / 255
     assert np.abs(ref.mu - features.mean(0)).max() < 1e-6
     assert np.abs(ref.sigma - np.cov(features, rowvar=False)).max() < 1e-6
     assert (ref.n, ref.size, ref.weights) == (12, (32, 32), None)
-    out, errors, status = fid_command(monkeypatch, capsys, folder / "png", folder / "ref.npz", *words)
-    assert status == 0 and not errors and abs(float(re.search(r"pixel distance (\S+)", out)[1])) < 1e-6
-    digest = hashlib.sha256((folder / "ref.npz").read_bytes()).hexdigest()
-    assert digest in out and '"cfg": 2.5' in out and out.count("12 images") == 2 and "FID" not in out
-    np.savez(folder / "published.npz", mu=ref.mu, sigma=ref.sigma, arr_0=0)
     np.savez(folder / "dark.npz", arr_0=(images // 2).permute(0, 2, 3, 1).numpy())
-    said = [fid_command(monkeypatch, capsys, folder / "dark.npz", folder / name, *words)[0]
-            for name in ("ref.npz", "packed.npy", "published.npz")]
-    distances = [float(re.search(r"pixel distance (\S+)", text)[1]) for text in said]
-    assert distances[0] > 1 and distances == pytest.approx([distances[0]] * 3, rel=1e-5)
-    out, _, status = fid_command(monkeypatch, capsys, folder / "published.npz", folder / "ref.npz", *words)
-    assert status == 0 and abs(float(re.search(r"pixel distance (\S+)", out)[1])) < 1e-6
+    np.savez(folder / "published.npz", mu=ref.mu, sigma=ref.sigma, arr_0=0)
+    pairs = "png ref.npz", "ref.npz published.npz", "dark.npz ref.npz", "dark.npz packed.npy"
+    said = [call("fid.py", *(folder / name for name in pair.split()), *how) for pair in pairs]
+    distances = [distance_in(each) for each in said]
+    assert distances == pytest.approx([0, 0] + 2 * distances[2:3], rel=1e-5, abs=1e-6) and distances[2] > 1
+    assert said[0].count("12 images") == 2 and "FID" not in said[0] and '"cfg": 2.5' in said[0]
+    assert hashlib.sha256((folder / "ref.npz").read_bytes()).hexdigest() in said[0]
+    assert "6,400 images" in call(*make, "shapes", "--image_size", 4)
     with pytest.raises(UserError, match="stored.npz: images.*--make_ref"):
         fid.load_reference(str(folder / "stored.npz"), "pixels")
 
-def test_fid_of_few_images_comes_with_a_warning(capsys):
+@pytest.mark.parametrize("key, n, reference, weights, warnings", [
+    ("fid", 2047, 0, fid.WEIGHTS, 1), ("fid", 2048, 0, fid.WEIGHTS, 0), ("fid", 9999, 2047, fid.WEIGHTS, 1),
+    ("fid", 2048, 0, "others", 1), ("pixel_distance", 9, 0, None, 0)])
+def test_few_images_and_other_weights_come_with_a_warning(capsys, key, n, reference, weights, warnings):
     """Fewer than 2,048 of either; published references do not tell, and the pixel distance needs none."""
-    for result, n, warns in (({"fid": 3.0, "n": 2047}, 0, True), ({"fid": 3.0, "n": 2048}, 0, False),
-                             ({"fid": 3.0, "n": 9999}, 2047, True),
-                             ({"pixel_distance": 3.0, "n": 9}, 0, False)):
-        fid.show(result, fid.Source("ref.npz", n), fid.WEIGHTS)
-        out = capsys.readouterr().out
-        assert ("warning" in out) == warns and ("FID 3" in out) == ("fid" in result)
+    fid.show({key: 3.0, "n": n}, fid.Source("ref.npz", reference), weights)
+    out = capsys.readouterr().out
+    assert out.lower().count("warning") == warnings and ("FID 3" in out) == (key == "fid")
 
-MU, SIGMA = np.zeros(768), np.eye(768)
-UNFIT = {                                    # what to write, as an .npz where arrays; what the error names
-    "nowhere.npz": (None, "No such file"), "text.npz": (b"hello", "zip"), "text.npy": (b"hello", "not a rea"),
-    "cut.npz": (lambda whole: whole[:-2000], "zip"),
-    "flipped.npz": (lambda whole: whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:], "CRC"),
-    "empty.npz": (dict(other=SIGMA), "arr_0"), "half.npz": (dict(mu=MU), "sigma"),
-    "float.npz": (dict(arr_0=np.zeros((4, 8, 8, 3))), "float64"),
-    "grey.npz": (dict(arr_0=np.zeros((4, 8, 8), np.uint8)), r"\(4, 8, 8\)"),
-    "one.npz": (dict(arr_0=np.zeros((1, 32, 32, 3), np.uint8)), "fewer than 2"),
-    "pickled.npz": (dict(mu=np.array([{}], dtype=object), sigma=SIGMA), "allow_pickle=False"),
-    "small.npz": (dict(mu=MU[:64], sigma=SIGMA), r"\(64,\)"),
-    "wide.npz": (dict(mu=MU, sigma=SIGMA[:64]), r"\(64, 768\)"),
-    "nan.npz": (dict(mu=MU, sigma=SIGMA * np.nan), "finite"),
-    "other.npz": (dict(mu=MU, sigma=SIGMA, features="inception"), "--features pixels"),
-    "size.npz": (dict(mu=MU, sigma=SIGMA, image_size=64), r"\(64, 64\).*\(32, 32\)|\(32, 32\).*\(64, 64\)"),
-    "huge.npz": ((10 ** 9, 512, 512, 3), "1000000000"),
-    "single": ([32], "fewer than 2"), "mixed": ([32, 33], "1.png is 32x33, .*0.png is 32x32")}
+MU, SIGMA, IMAGES = np.zeros(768), np.eye(768), np.zeros((4, 8, 8, 3), np.uint8)
+UNFIT = {                  # what an .npz holds, or what becomes of a whole one; what the error tells
+    "cut": (lambda whole: whole[:-2000], "zip"),
+    "flipped": (lambda whole: whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:], "CRC"),
+    "huge": (lambda whole: whole.replace(b"(12, 32", b"(99, 32"), r"\(99, 32"),
+    "empty": (dict(other=SIGMA), "arr_0"), "float": (dict(arr_0=IMAGES / 2), "float64"),
+    "grey": (dict(arr_0=IMAGES[..., 0]), r"\(4, 8, 8\)"), "half": (dict(mu=MU), "sigma"),
+    "fortran": (dict(arr_0=np.asfortranarray(IMAGES)), r"uint8 \(4, 8, 8, 3\)"),
+    "pickled": (dict(mu=np.array([{}], dtype=object), sigma=SIGMA), "allow_pickle=False"),
+    "small": (dict(mu=MU[:64], sigma=SIGMA), r"\(64,\)"),
+    "wide": (dict(mu=MU, sigma=SIGMA[:64]), r"\(64, 768\)"),
+    "nan": (dict(mu=MU, sigma=SIGMA * np.nan), "finite"),
+    "other": (dict(mu=MU, sigma=SIGMA, features="inception"), "--features pixels"),
+    "size": (dict(mu=MU, sigma=SIGMA, image_size=64), r"\(64, 64\).*\(32, 32\)|\(32, 32\).*\(64, 64\)"),
+    "one": (dict(arr_0=np.zeros((1, 32, 32, 3), np.uint8)), "fewer than 2"),
+    "mixed": (None, "11.png is 32x33, .*000.png is 32x32")}
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_unfit_samples_and_references_get_one_line(samples, monkeypatch, capsys, name):
+def test_unfit_samples_and_references_get_one_line(samples, call, name):
     """As a reference and as samples; exit status 2."""
-    (folder, _), (content, named) = samples, UNFIT[name]
-    good, bad = folder / "png", folder / name
-    if callable(content) or isinstance(content, bytes):
-        whole = (folder / "stored.npz").read_bytes()
-        bad.write_bytes(content(whole) if callable(content) else content)
-    elif isinstance(content, dict):
-        np.savez(bad, **content)
-    elif isinstance(content, tuple):
-        with zipfile.ZipFile(bad, "w") as file, file.open("arr_0.npy", "w") as array:
-            np.lib.format.write_array_header_1_0(array, dict(descr="|u1", fortran_order=False, shape=content))
+    (folder, _), (content, told), bad = samples, UNFIT[name], samples[0] / f"{name}.npz"
+    if callable(content):
+        bad.write_bytes(content((folder / "stored.npz").read_bytes()))
     elif content:
-        bad.mkdir()
-        for i, height in enumerate(content):
-            Image.new("RGB", (32, height)).save(bad / f"{i}.png")
-    for pair in [(good, bad), (bad, good)]:
-        _, errors, status = fid_command(monkeypatch, capsys, *pair, "--features", "pixels", "--batch_size", 5)
-        assert status == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
-        assert name in errors[0] and re.search(named, errors[0]), errors
+        np.savez(bad, **content)
+    else:
+        Image.new("RGB", (32, 33)).save((bad := folder / "png") / "11.png")
+    for pair in ((folder / "packed.npy", bad), (bad, folder / "packed.npy")):
+        said = call("fid.py", *pair, "--features", "pixels", "--batch_size", 5, status=2)
+        errors = [line for line in said.splitlines() if not line.startswith("images ")]
+        assert len(errors) == 1 and re.match(f"error: .*{bad.name}", errors[0]) and re.search(told, said)
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """12 features in the place of Inception's; files of weights a and b, of which a is the published one."""
-    space = {}
-    exec(STUB, space)
-    monkeypatch.setattr(fid, "Inception", space["Stub"])
-    monkeypatch.setitem(fid.EXTRACTORS, "inception", space["Stub"])
+    monkeypatch.setattr(fid, "Inception", Stub)
+    monkeypatch.setitem(fid.EXTRACTORS, "inception", Stub)
     for name in ("a.pth", "b.pth"):
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(fid, "WEIGHTS", fid.sha256(tmp_path / "a.pth"))
 
-def test_other_weights_are_refused(samples, stub, monkeypatch, capsys):
-    """A file of another hash, unless asked for, with a warning; a reference made with others."""
-    folder, _ = samples
-    words = ("--make_ref", folder / "png", "--image_size", 32, "--out", folder / "ref.npz", "--weights")
-    _, errors, status = fid_command(monkeypatch, capsys, *words, folder / "b.pth")
-    assert status == 2 and len(errors) == 1 and "b.pth: not FID's weights" in errors[0]
-    out, _, status = fid_command(monkeypatch, capsys, folder / "png", folder / "png", "--any_weights", "--weights",
-                                 folder / "b.pth")
-    assert status == 0 and "WARNING: not FID's own" in out
-    assert fid_command(monkeypatch, capsys, *words, folder / "a.pth")[2] == 0
-    words = (folder / "png", folder / "ref.npz", "--weights")
-    out, _, status = fid_command(monkeypatch, capsys, *words, folder / "a.pth")
-    assert status == 0 and fid.WEIGHTS in out and "IS 1." in out
-    assert abs(float(re.search(r"FID (\S+)", out)[1])) < 1e-6
-    monkeypatch.setattr(fid, "WEIGHTS", fid.sha256(folder / "b.pth"))
-    _, errors, status = fid_command(monkeypatch, capsys, *words, folder / "b.pth")
-    assert status == 2 and len(errors) == 1 and "ref.npz: made with other weights" in errors[0]
+def test_other_weights_are_refused_or_told(samples, stub, call):
+    """A file of another hash, unless --any_weights; a reference made with others; IS is printed."""
+    a, b, ref, png = (samples[0] / name for name in ("a.pth", "b.pth", "ref.npz", "png"))
+    make = ("fid.py", "--make_ref", png, "--image_size", 32, "--out", ref, "--weights")
+    use = ("fid.py", png, ref, "--weights")
+    assert f"error: {b}: not FID's weights" in call(*make, b, status=2)
+    call(*make, a)
+    said = call(*use, a)
+    assert fid.WEIGHTS in said and "IS 1." in said and abs(distance_in(said)) < 1e-6
+    assert f"error: {ref}: made with other weights" in call(*use, b, "--any_weights", status=2)
+    call(*make, b, "--any_weights")
+    assert "WARNING: not FID's own" in call(*use, b, "--any_weights")
 
 def test_weights_are_downloaded_once_and_only_if_right(stub, tmp_path, monkeypatch):
-    """By one process of a machine; a wrong answer is not stored; without network one line tells where."""
-    class Answer(io.BytesIO):
-        def info(self):
-            return email.message.Message()
-    answers, asked = [], []
-
-    def urlopen(request):
-        asked.append(request.full_url)
-        if not answers:
-            raise OSError("no network")
-        return Answer(answers.pop())
+    """By one process of a machine; a wrong file is not stored; without network one line tells where."""
+    def fetch(name, local_rank=0):
+        monkeypatch.setattr(fid, "URL", (tmp_path / name).as_uri())
+        monkeypatch.setattr(fid, "LOCAL_RANK", local_rank)
+        return fid.make_extractor("inception").sha256
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
-    with pytest.raises(UserError, match="https://github.com.*hub/checkpoints.*--weights.*no network"):
-        fid.make_extractor("inception")
-    answers.append(b"a login page")
-    with pytest.raises(UserError, match="invalid hash"):
-        fid.make_extractor("inception")
-    assert not list((tmp_path / "hub" / "checkpoints").iterdir()) and asked == [fid.URL] * 2
-    monkeypatch.setattr(fid, "LOCAL_RANK", 1)
+    for name, told in (("gone.pth", "gone.pth.*hub/checkpoints.*--weights"), ("b.pth", "invalid hash")):
+        with pytest.raises(UserError, match=told):
+            fetch(name)
     with pytest.raises(FileNotFoundError):
-        fid.make_extractor("inception")
-    assert len(asked) == 2
-    monkeypatch.setattr(fid, "LOCAL_RANK", 0)
-    answers.append(b"a.pth")
-    assert fid.make_extractor("inception").sha256 == fid.make_extractor("inception").sha256 == fid.WEIGHTS
-    assert len(asked) == 3
+        fetch("a.pth", local_rank=1)
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir()) and fetch("a.pth") == fid.WEIGHTS
+    (tmp_path / "a.pth").unlink()
+    assert fetch("a.pth") == fid.WEIGHTS
 
 # ------------------------------------------------------------------------------------------------------------
 # Faults: interruptions, lost processes, full disks, files that are not what they say
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes there")
 
-def start(*words, processes=None, wait_for=None):
-    """Start a script, its processes marked in their environment; return it once it has printed wait_for."""
-    how = launch(words, processes)
-    how["env"]["MARK"] = mark = f"test-{os.getpid()}-{time.time_ns()}"
-    process = subprocess.Popen(**how, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    process.mark = mark
-    for line in process.stdout if wait_for else ():
-        if wait_for in line:
-            return process
-    assert not wait_for, f"it ended before it printed {wait_for}"
-    return process
-
-def alive(mark, *words):
-    """The ids of processes whose environment holds MARK=mark and these words."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdecimal() else []
-        except OSError:
-            continue
-        if all(word.encode() in environment for word in (f"MARK={mark}", *words)):
-            found.append(int(entry.name))
-    return sorted(found)
-
-def ending(process, status, began=None):
-    """What a process printed; asserts that it and all it started end in 10 s from began or an error line."""
-    said = []
-    timer = threading.Timer(60, lambda: [os.kill(pid, signal.SIGKILL) for pid in alive(process.mark)])
-    timer.start()
-    for line in process.stdout:                       # to its end: when the last of its processes is gone
-        said.append(line)
-        began = time.time() if began is None and line.startswith("error: ") else began
-    timer.cancel()
-    assert process.wait() == status, "".join(said)
-    assert time.time() - began < 10 and not alive(process.mark), "".join(said)
-    assert not re.search(r"File .*(train|data|sample).py", "".join(said)), "".join(said)
-    return "".join(said)
-
 @pytest.fixture
 def nine(tmp_path):
     """Nine images of 16 px, and the words that train on them for ever with two loading processes."""
-    for i in range(9):
-        Image.fromarray(noise(9, 16, 16, 3)[i]).save(tmp_path / f"{i}.png")
+    for i, image in enumerate(noise(9, 16, 16, 3)):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
     return tmp_path, (*TINY, "--batch_size", 4, "--data", tmp_path, "--preset", "demo", "--image_size", 16,
                       "--workers", 2, "--steps", 10 ** 6, "--out", tmp_path / "out")
 
@@ -1737,29 +1445,20 @@ def test_damaged_image_ends_everything_with_one_line(nine, processes):
     assert processes or said.count("error: ") == 1 and "Traceback" not in said
 
 @needs_proc
-def test_killed_loading_process_ends_the_run_with_a_line(nine):
-    """As the kernel does where memory is short."""
-    process = start(*nine[1], wait_for="step 3/")
-    os.kill(alive(process.mark)[-1], signal.SIGKILL)
-    said = ending(process, 2, time.time())
-    assert said.count("error: ") == 1 and "a loading process died" in said and "--workers" in said
-
-@needs_proc
-def test_lost_process_ends_the_others_with_a_line(nine):
-    """One of two is killed, each with loading processes of its own."""
-    process = start(*nine[1], processes=2, wait_for="step 3/")
-    os.kill(alive(process.mark, "RANK=1")[0], signal.SIGKILL)
-    said = ending(process, 1, time.time())
-    assert "error: process 0 lost the others" in said
+@pytest.mark.parametrize("processes, victim, status, told", [
+    (None, -1, 2, "a loading process died, .*--workers"), (2, 0, 1, "process 0 lost the others")])
+def test_lost_process_ends_the_others_with_a_line(nine, processes, victim, status, told):
+    """A loading process, killed as the kernel does where memory is short; or one of two that train."""
+    process = start(*nine[1], processes=processes, wait_for="step 3/")
+    os.kill(alive(process.mark, *(["RANK=1"] if processes else []))[victim], signal.SIGKILL)
+    said = ending(process, status, time.time())
+    assert re.search(f"^error: {told}", said, re.M) and (processes or said.count("error: ") == 1)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_the_step_at_hand(call, tmp_path, monkeypatch, number):
     """Also when it comes twice; the exit status tells the signal."""
-    write = train.Log.write
-
-    def interrupted(log, lr):
-        if log.state.step == 2:
-            os.kill(os.getpid(), number)
+    def interrupted(log, lr, write=train.Log.write):
+        for _ in range(2 if log.state.step == 2 else 0):
             os.kill(os.getpid(), number)
         write(log, lr)
     monkeypatch.setattr(train.Log, "write", interrupted)
@@ -1783,195 +1482,156 @@ def test_ten_bad_steps_in_a_row_end_the_run(call, tmp_path):
     """A rate that throws the weights to 1e30: one line says what to try, and no checkpoint holds a NaN."""
     said = call(*TINY, "--steps", 30, "--lr", "1e30", "--save_every", 1, "--out", tmp_path, status=2)
     assert "10 steps in a row" in said and "try a lower --lr" in said and "| skipped 9" in said
-    saved = int(re.search(r"at step (\d+) is intact", said)[1])
     file = read_tensors(tmp_path / "ckpt.pt")
-    assert file["step"] == saved >= 1
+    assert file["step"] == int(re.search(r"at step (\d+) is intact", said)[1]) >= 1
     for weights in (file["model"], *file["ema"].values()):
         assert all(t.isfinite().all() for t in weights.values())
-    state = train.State(KDiff(MLP(12, 2), num_classes=2), [0.9])
+    state = train.State(KDiff(mlp(2), num_classes=8), [0.9])
     state.averages["0.9"][0].fill_(math.nan)
     with pytest.raises(UserError, match="after step 0 are not finite"):
         train.save(tmp_path / "nan.pt", state, {}, Codec(), Shapes(8, 8))
 
-@contextmanager
-def small_disk(size):
-    """Within, no file grows beyond size bytes: a limit of this process stands for a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
 def test_full_disk_leaves_what_was_there(call, photos, tmp_path):
     """One line, exit status 2, no temporary file: the checkpoint before stays, half an array is none."""
     call(*TINY, "--steps", 1, "--out", tmp_path / "run")
-    with small_disk(2 ** 16):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 16, before[1]))           # no file grows beyond 64 kB
+    try:
         for named, *words in (
                 ("held before is intact", *TINY, "--steps", 3, "--out", tmp_path / "run"),
                 ("p.npy", "data.py", "pack", photos, "--image_size", 128, "--out", tmp_path / "p.npy"),
                 ("s.npz", "sample.py", tmp_path / "run" / "ckpt.pt", "--n", 30, "--out", tmp_path / "s.npz")):
             said = call(*words, status=2)
             assert said.count("error: ") == 1 and named in said and "could not be written" in said
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert read_tensors(tmp_path / "run" / "ckpt.pt")["step"] == 1 and not list(tmp_path.glob("run/*.tmp*"))
     assert not (tmp_path / "p.npy").exists() and not (tmp_path / "s.npz").exists()
 
-def test_errors_are_explained_in_one_line(monkeypatch, capsys):
-    """Paths, memory, lost processes; bugs of ours keep their traceback; of two, one prints what both met."""
-    for error, said in (
-            (FileNotFoundError(2, "No such file", "a.csv"), "a.csv: No such file"),
-            (torch.cuda.OutOfMemoryError("CUDA"), "out of GPU memory: try half"),
-            (data.FileError("Caught FileError\nThen\ndata.FileError: a: b Error: c"), "a: b Error: c"),
-            (UserError("a: not whole (KeyError: b)"), "a: not whole (KeyError: b)"),
-            (RuntimeError("DataLoader worker (pid 3) is killed by signal"), "a loading process died"),
-            (ConnectionResetError(104, "reset by peer"), "a loading process died")):
-        assert data.explain(error).startswith(said) and "\n" not in data.explain(error)
-    for bug in (OSError("no file"), RuntimeError("shapes differ")):
-        with pytest.raises(type(bug), match=str(bug)):
-            data.explain(bug)
-    for local_rank, error, lines in ((0, UserError, 1), (1, UserError, 0), (1, data.FileError, 1)):
-        def fail(): raise error("it")
-        monkeypatch.setattr(data, "LOCAL_RANK", local_rank)
-        with pytest.raises(SystemExit) as exit:
-            run(fail)
-        assert exit.value.code == 2 and capsys.readouterr().err == "error: it\n" * lines
-    def interrupt(): raise KeyboardInterrupt
+@pytest.mark.parametrize("error, said, status, local_rank", [
+    (FileNotFoundError(2, "No such file", "a.csv"), "a.csv: No such file", 2, 0),
+    (torch.cuda.OutOfMemoryError("CUDA"), "out of GPU memory: try half the", 2, 1),
+    (data.FileError("Caught FileError\nThen\ndata.FileError: a: b Error: c"), "a: b Error: c\n", 2, 1),
+    (UserError("a: not whole (KeyError: b)"), "a: not whole (KeyError: b)\n", 2, 0),
+    (UserError("a"), "", 2, 1), (KeyboardInterrupt(), "", 130, 0),
+    (ConnectionResetError(104, "reset by peer"), "a loading process died", 2, 0)])
+def test_errors_are_explained_in_one_line(monkeypatch, capsys, error, said, status, local_rank):
+    """Paths, memory, lost processes; of two, one prints what both met; bugs of ours keep their traceback."""
+    def fail(): raise error
+    monkeypatch.setattr(data, "LOCAL_RANK", local_rank)
     with pytest.raises(SystemExit) as exit:
-        run(interrupt)
-    assert exit.value.code == 130
+        run(fail)
+    printed = capsys.readouterr().err
+    assert exit.value.code == status and printed.startswith(f"error: {said}" if said else "")
+    assert printed.count("\n") == bool(said)
+    for error in (OSError("no file"), RuntimeError("shapes differ")):
+        with pytest.raises(type(error), match=str(error)):
+            run(fail)
 
 class Payload:
     """Unpickled, it would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return (os.system, (f"touch {self.path}",))
+        return os.system, ("touch marker",)
 
-def test_hostile_files_are_refused_without_running_them(tmp_path):
+def test_hostile_files_are_refused_without_running_them(tmp_path, monkeypatch):
     """Pickle payloads in checkpoints, .npy and .npz; the error names the file."""
-    marker = tmp_path / "marker"
-    torch.save({"config": {}, "data": Payload(marker)}, tmp_path / "a.pt")
-    np.save(tmp_path / "b.npy", np.array([Payload(marker)], dtype=object), allow_pickle=True)
-    np.savez(tmp_path / "c.npz", arr_0=np.array([Payload(marker)], dtype=object))
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": {}, "data": Payload()}, "a.pt")
+    np.save("b.npy", np.array([Payload()], dtype=object), allow_pickle=True)
+    np.savez("c.npz", mu=np.array([Payload()], dtype=object), sigma=SIGMA)
     for path, opener in (("a.pt", load), ("b.npy", lambda path: open_dataset(path, 32)),
-                         ("c.npz", lambda path: fid.open_source(str(path), "pixels"))):
+                         ("c.npz", lambda path: fid.open_source(path, "pixels"))):
         with pytest.raises(UserError, match=path):
-            opener(tmp_path / path)
-    assert not marker.exists()
+            opener(path)
+    assert not Path("marker").exists()
 
 def test_bad_images_are_named(tmp_path):
-    """Cut, empty, renamed text, vanished, too long, a pipe, a decompression bomb, links in a circle, none."""
-    good = tmp_path / "good.png"
-    Image.fromarray(noise(40, 40, 3)).save(good)
+    """Cut, empty, vanished, too long, a pipe, a decompression bomb, links in a circle, none at all."""
+    Image.fromarray(noise(40, 40, 3)).save(good := tmp_path / "good.png")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:900])
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("hello")
-    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
-    Image.new("1", (1, 101)).save(tmp_path / "thread.png")
     os.mkfifo(tmp_path / "pipe.png")
-    for name in ("cut.png", "empty.jpg", "text.jpg", "bomb.png", "gone.png", "thread.png", "pipe.png"):
+    for name, size in (("bomb.png", (30000, 30000)), ("thread.png", (1, 101)), ("long.png", (1, 100))):
+        Image.new("1", size).save(tmp_path / name)
+    for name in ("cut.png", "empty.jpg", "bomb.png", "gone.png", "thread.png", "pipe.png"):
         with pytest.raises(UserError, match=name):
             read_image(tmp_path / name)
-    Image.new("RGB", (1, 100)).save(tmp_path / "long.png")
     assert read_image(tmp_path / "long.png").size == (1, 100)
     (tmp_path / "class").mkdir()
-    with pytest.raises(UserError, match="class: a class folder without images"):
-        ImageFolder(tmp_path, 32)
-    with pytest.raises(UserError, match="holds no images"):
-        ImageFolder(tmp_path / "class", 32)
+    for name, told in ((".", "class: a class folder without images"), ("class", "holds no images"),
+                       ("nowhere", "nowhere: no such file"), ("good.png", "good.png: not a readable array")):
+        with pytest.raises(UserError, match=told):
+            open_dataset(tmp_path / name, 32)
     (tmp_path / "class" / "loop").symlink_to(tmp_path)
     with pytest.raises(UserError, match="loop: a link in a circle"):
-        ImageFolder(tmp_path, 32)
-    for path, said in (("nowhere", "no such file"), ("good.png", "not a readable array")):
-        with pytest.raises(UserError, match=f"{path}: {said}"):
-            open_dataset(tmp_path / path, 32)
+        open_dataset(tmp_path, 32)
 
-BAD = [
-    ("train.py --batch_size 0", "--batch_size 0: at least 1"),
-    ("train.py --lr nan", "--lr nan: at least 0"),
-    ("train.py --ema 0.9 1", "--ema 0.9 1.0: decays"),
-    ("train.py --model JiT-X/16", "JiT-X/16"),
-    ("train.py --image_size 30", "30"),
-    ("train.py --data nowhere", "nowhere"),
-    ("train.py --data . --image_size 64", "--image_size 64 has no network in Table 4: "),
-    ("train.py --target y", "target"),
-    ("train.py --target two --loss u", "two"),
-    ("train.py --target eps --tau 0", "--tau 0 with --target eps"),
-    ("train.py --micro_batch 7", "--micro_batch 7"),
-    ("train.py --steps x", "--steps"),
-    ("train.py --step 3", "--step"),
-    ("train.py --device cpux", "--device cpux is not usable here"),
-    ("train.py --space latent --image_size 30", "--image_size 30"),
-    ("train.py --data PHOTOS --space latent", "--tokenizer pca, or run"),
-    ("train.py --init nowhere.pt --out OUT", "nowhere.pt"),
-    ("sample.py nowhere.pt", "nowhere.pt"),
-    ("sample.py nowhere.pt --n 0", "--n 0: at least 1"),
-    ("sample.py a.pt b.pt", "one checkpoint at a time"),
-    ("sample.py a.pt --out a.jpg", "--out a.jpg"),
-    ("sample.py a.pt --fid ref.npz --out a.png", "leave out --out"),
-    ("fid.py nowhere nowhere", "nowhere"),
-    ("data.py pack nowhere --out OUT/x.npy", "nowhere: no such folder"),
-    ("data.py encode . --out OUT --tokenizer nowhere.pt", "nowhere.pt"),
-    ("data.py encode . --out OUT", "encode needs --tokenizer"),
-]
+BAD = {
+    "train.py --batch_size 0": "--batch_size 0: at least 1", "train.py --lr nan": "--lr nan: at least 0",
+    "train.py --ema 0.9 1": "--ema 0.9 1.0: decays", "train.py --model JiT-X/16": "JiT-X/16",
+    "train.py --image_size 30": "30",
+    "train.py --data . --image_size 64": "--image_size 64 has no network in Table 4: ",
+    "train.py --target y": "target", "train.py --target two --loss u": "two",
+    "train.py --target eps --tau 0": "--tau 0 with --target eps",
+    "train.py --micro_batch 7": "--micro_batch 7", "train.py --step 3": "--step",
+    "train.py --device cpux": "--device cpux is not usable here",
+    "train.py --space latent --image_size 30": "--image_size 30",
+    "train.py --data ../photos --space latent": "--tokenizer pca, or run",
+    "train.py --init nowhere.pt --out out": "nowhere.pt", "sample.py nowhere.pt": "nowhere.pt",
+    "sample.py nowhere.pt --n 0": "--n 0: at least 1", "sample.py a.pt b.pt": "one checkpoint at a time",
+    "sample.py a.pt --out a.jpg": "--out a.jpg",
+    "sample.py a.pt --fid ref.npz --out a.png": "leave out --out", "fid.py nowhere nowhere": "nowhere",
+    "fid.py nowhere": "give SAMPLES and REF, or --make_ref",
+    "fid.py --make_ref shapes --image_size 32 --out ref": "give SAMPLES and REF, or --make_ref",
+    "data.py pack nowhere --out out/x.npy": "nowhere: no such folder",
+    "data.py encode . --out out --tokenizer nowhere.pt": "nowhere.pt",
+    "data.py encode . --out out": "encode needs --tokenizer"}
 
-@pytest.mark.parametrize("words, named", BAD, ids=[words for words, _ in BAD])
-def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, call, words, named):
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, call, words):
     """The line names the flag or file; nothing is written."""
-    (tmp_path / "photos").mkdir()
+    for name in ("photos", "here"):
+        (tmp_path / name).mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "a.png")
-    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    said = call(*words.replace("OUT", "out").replace("PHOTOS", str(tmp_path / "photos")).split(), status=2)
+    said = call(*words.split(), status=2)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and named in errors[0] and said.endswith(errors[0] + "\n")
+    assert len(errors) == 1 and BAD[words] in errors[0] and said.endswith(errors[0] + "\n")
     assert not list(Path().iterdir())
 
 def corrupted(content, rng):
     """A copy that is cut short, has bytes overwritten, or a stretch removed or doubled."""
-    content, at = bytearray(content), rng.randrange(len(content))
-    kind, stretch = rng.randrange(4), rng.randint(1, 64)
-    if kind == 0:
-        return bytes(content[:at])
-    if kind == 1:
-        content[at:at + stretch] = rng.randbytes(min(stretch, len(content) - at))
-    elif kind == 2:
-        del content[at:at + stretch]
-    else:
-        content[at:at] = content[at:at + stretch]
-    return bytes(content)
+    at, stretch = rng.randrange(len(content)), rng.randint(1, 64)
+    part = content[at:at + stretch]
+    middle = rng.choice((None, rng.randbytes(len(part)), b"", 2 * part))
+    return content[:at] + (b"" if middle is None else middle + content[at + stretch:])
 
 def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
     """Images, checkpoints, arrays, latents: UserError, or read as what they still are; ENDURANCE=1: 220."""
-    rng, latents = random.Random(1), np.zeros((3, 2, 2, 2), "<f4")
-    for name in ("a.png", "a.jpg", "a.webp", "a.bmp"):
-        Image.fromarray(noise(24, 24, 3)).save(tmp_path / name)
-    net = model.build("JiT-narrow/8", 16, 8).half()
-    torch.save({f"net.{k}": v for k, v in net.state_dict().items()}, tmp_path / "a.pt")
-    np.savez_compressed(tmp_path / "a.npz", arr_0=noise(4, 8, 8, 3), settings=np.array('{"cfg": 2}'))
-    np.savez(tmp_path / "ref.npz", mu=np.zeros(768), sigma=np.eye(768))
-    (tmp_path / "shards").mkdir()
-    parts = {"latents": latents, "latents_flip": latents, "labels": np.zeros(3, "<i8")}
-    save_safetensors(tmp_path / "shards", parts, "a.safetensors")
-    np.save(tmp_path / "a.npy", np.zeros(3, [("image", "u1", (3, 8, 8)), ("label", "<i8")]))
-
     def read_npz(path):
         source = fid.open_source(str(path), "pixels")
         return source.read and list(source.batches(2))
 
-    def read_all(data):
+    def read_all(path):
+        data = open_dataset(path, 8)
         return [data[i] for i in range(len(data))]
     openers = dict.fromkeys(("a.png", "a.jpg", "a.webp", "a.bmp"), read_image) | {
-        "a.pt": load, "a.npz": read_npz, "ref.npz": read_npz,
-        "a.npy": lambda path: read_all(open_dataset(path, 8)),
-        "shards/a.safetensors": lambda path: read_all(Latents(path.parent)),
-        "shards/latents_stats.pt": lambda path: Latents(path.parent)}
-    refused = 0
+        "a.pt": load, "a.npz": read_npz, "ref.npz": read_npz, "a.npy": read_all} | dict.fromkeys(
+        ("shards/a.safetensors", "shards/latents_stats.pt"), lambda path: read_all(path.parent))
+    rng, refused, latents = random.Random(1), 0, np.zeros((3, 2, 2, 2), "<f4")
+    for name in list(openers)[:4]:
+        Image.fromarray(noise(24, 24, 3)).save(tmp_path / name)
+    net = model.build("JiT-narrow/8", 16, 8).half()
+    torch.save({f"net.{k}": v for k, v in net.state_dict().items()}, tmp_path / "a.pt")
+    np.savez_compressed(tmp_path / "a.npz", arr_0=noise(4, 8, 8, 3), settings=np.array('{"cfg": 2}'))
+    np.savez(tmp_path / "ref.npz", mu=MU, sigma=SIGMA)
+    np.save(tmp_path / "a.npy", np.zeros(3, [("image", "u1", (3, 8, 8)), ("label", "<i8")]))
+    (tmp_path / "shards").mkdir()
+    parts = dict(latents=latents, latents_flip=latents, labels=np.zeros(3, "<i8"))
+    save_safetensors(tmp_path / "shards", parts, "a.safetensors")
     for i in range(220 if os.environ.get("ENDURANCE") else 40):
-        path, opener = tmp_path / list(openers)[i % len(openers)], list(openers.values())[i % len(openers)]
-        whole = path.read_bytes()
+        name, opener = list(openers.items())[i % len(openers)]
+        whole = (path := tmp_path / name).read_bytes()
         path.write_bytes(corrupted(whole, rng))
         try:
             opener(path)
@@ -1986,7 +1646,7 @@ def test_corruption_of_any_file_is_an_error_line_or_harmless(tmp_path):
 # Beyond the paper: the spectrum of k
 
 def test_best_k_of_a_direction_is_one_over_one_plus_its_variance():
-    """Brute force: the u-loss of the best linear gain over a grid of k, integrals by sums; one k for several."""
+    """Brute force: the u-loss of the best linear gain over a grid of k, by sums; one k for several."""
     t, ks = (np.arange(4000) + 0.5) / 4000, np.linspace(0, 1, 2001)[:, None]
 
     def least(s2):
@@ -2007,7 +1667,7 @@ def test_gradient_descent_finds_the_spectrum():
     assert kdiff.ks()["k"].item() == pytest.approx(4 / (4 + 5.4 / 4), abs=0.02)
 
 def test_k_of_innovation_minimises_the_loss_that_is_left():
-    """Against regressing each coordinate on the others, at every time, and a grid of k for the v-loss left."""
+    """Against regressing each coordinate on the others, at every time, and a grid of k for what is left."""
     x = (normal("x", 4000, 6) @ normal("mix", 6, 6)).view(-1, 3, 2, 1)
     ours = k_of_innovation(x, -0.8, 0.8, noise_scale=2.0, points=100)
     S, ks = np.cov(x.flatten(1).double().numpy(), rowvar=False), np.linspace(0, 1, 4001)[1:-1, None]
@@ -2024,7 +1684,7 @@ def test_k_of_innovation_minimises_the_loss_that_is_left():
         assert ours[c].item() == pytest.approx(ks[loss.argmin(), 0], abs=5e-4)
 
 def test_channels_of_pixel_space_are_all_components_of_a_patch(call, tmp_path):
-    """Orthonormal, so that noise stays white; strongest first; csv and picture; samples and resumes as any."""
+    """Orthonormal, so that noise stays white; strongest first; csv and picture; resumes, samples."""
     words = (*TINY, "--image_size", 16, "--target", "channel", "--out", tmp_path)
     assert "192 principal components" in call(*words, "--steps", 2)
     assert "at step 2" in call(*words, "--steps", 3)
@@ -2091,7 +1751,7 @@ def test_bad_fashion_files_get_one_line(idx, call, monkeypatch, tmp_path):
     assert len(data.Fashion()) == len(data.Fashion()) == 40 and not answers
 
 def test_small_preset_lets_k_arrive_and_the_average_forget(tmp_path, call, monkeypatch):
-    """300 pictures of 64 px: w can pass 3, the picture's average has faded the start; Table 4 says it cannot."""
+    """300 pictures of 64 px: w can pass 3, the average has faded the start; Table 4 says it cannot."""
     for i in range(300):
         Image.new("RGB", (8, 8), (i % 256, 0, 0)).save(tmp_path / f"{i}.png")
     monkeypatch.setattr(train, "time_a_step", lambda *args: None)
@@ -2160,9 +1820,11 @@ def test_without_a_compiler_networks_stay_eager(monkeypatch, capsys):
 # README.md
 
 def readme_commands():
-    """Every call of our scripts in the README's bash blocks: [script, flag, ...]; loops at first value."""
-    blocks = re.findall(r"```bash\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    text = "\n".join(blocks).replace("\\\n", " ")
+    """Every call of our scripts in the README: [script, flag, ...]; loops at their first value."""
+    text = (HERE / "README.md").read_text()
+    blocks, inline = re.findall(r"```bash\n(.*?)```", text, re.S), re.sub("```.*?```", "", text, flags=re.S)
+    calls = re.findall("`((?:python|torchrun) (?!data)[^`]+)`", inline)
+    text = "\n".join(blocks + [call.replace("\n", " ") for call in calls]).replace("\\\n", " ")
     for name, value in re.findall(r"for (\w+) in (\S+)", text):
         text = text.replace(f"${name}", value)
     return [shlex.split(call, comments=True) for call in
@@ -2177,17 +1839,17 @@ def test_every_readme_command_is_understood(tmp_path, monkeypatch):
     latents = np.random.RandomState(0).standard_normal((2, 32, 16, 16)).astype(np.float16)
     save_arrays(tmp_path / "latents", dict(latents=latents, latents_flip=latents, labels=np.zeros(2, int)))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "Fashion", lambda size, folder: Shapes(80, size))
     monkeypatch.setattr(train, "time_a_step", lambda *args: None)             # minutes, for some
     commands = readme_commands()
+    scripts = {"train.py": train.main, "sample.py": sample.parse, "data.py": data.parse, "fid.py": fid.parse}
     assert len(commands) >= 20 and {words[0] for words in commands} >= {
-        "train.py", "sample.py", "fid.py", "data.py", "objective.py", "test_all.py"}
+        *scripts, "objective.py", "model.py", "test_all.py"}
     for script, *flags in commands:
-        module = importlib.import_module(script[:-3])
-        if script == "train.py":
-            if "--tokenizer" in flags:                                        # a file that only a user has
-                del flags[flags.index("--tokenizer"):flags.index("--tokenizer") + 2]
-            monkeypatch.setattr(sys, "argv", [script, *flags, "--dry_run"])
-            module.main()
-        elif script in ("sample.py", "data.py"):
-            monkeypatch.setattr(sys, "argv", [script, *flags])
-            module.parse()
+        if script == "train.py" and "--tokenizer" in flags:                   # a file that only a user has
+            del flags[flags.index("--tokenizer"):flags.index("--tokenizer") + 2]
+        monkeypatch.setattr(sys, "argv", [script, *flags, *["--dry_run"] * (script == "train.py")])
+        scripts.get(script, lambda: None)()
+
+if __name__ == "__main__":                                        # one of the processes of the fixture `two`
+    run(lambda: work_of_two(sys.argv[1]))
