@@ -1797,13 +1797,11 @@ def test_busy_cores_cost_a_thread_and_a_line(monkeypatch, capsys, tmp_path):
     for name in clock:
         monkeypatch.setattr(time, name, lambda name=name: clock[name])
     log = train.Log(tmp_path / "log.csv", state, settings, range(16))
-    for used in (1.9, 0.6):
-        state.step += 1
-        clock["perf_counter"] += 1
+    for wall, used, expected in ((1.9, 0.1, []), (0.2, 4.0, []), (2.1, 1.3, [1]), (2.1, 4.0, [1])):
+        clock["perf_counter"] += wall
         clock["process_time"] += used
         log.add(0.5, 1.0)
-        log.write(1e-3)
-        assert threads == ([] if used > 1 else [1])
+        assert threads == expected
     assert "other programs left 0.6 of 2 cores" in capsys.readouterr().out
 
 def test_without_a_compiler_networks_stay_eager(monkeypatch, capsys):

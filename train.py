@@ -483,16 +483,24 @@ class Log:
 
     def restart(self):
         """Count time and steps from here."""
-        self.logged, self.ticked, self.used = self.state.step, time.perf_counter(), time.process_time()
+        self.logged, self.ticked = self.state.step, time.perf_counter()
+        self.watched = self.ticked, time.process_time()
 
     def add(self, loss, norm):
-        """Take note of a step; its norm is not finite where it was skipped."""
+        """Take note of a step; its norm is not finite where it was skipped. Watch the machine."""
         if math.isfinite(norm):
             self.bad_in_a_row = 0
             self.good.append((loss, norm))
         else:
             self.bad_in_a_row += 1
             self.state.skipped += 1
+        now, threads = (time.perf_counter(), time.process_time()), torch.get_num_threads()
+        wall, used = (b - a for a, b in zip(self.watched, now))
+        if self.on_cpu and threads > 1 and wall > 2:       # threads spin while they wait for one another
+            self.watched = now
+            if used < 0.7 * threads * wall:
+                torch.set_num_threads(threads - 1)
+                print0(f"other programs left {used / wall:.1f} of {threads} cores: one thread less from now")
 
     def write(self, lr):
         """The mean of the steps since the last line, over all processes."""
@@ -516,12 +524,7 @@ class Log:
                        **{name: f"{k:.6f}" for name, k in ks.items()})
             with writable(self.path), open(self.path, "a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
-        threads, cores = torch.get_num_threads(), (time.process_time() - self.used) / (now - self.ticked)
-        if threads > 1 and self.on_cpu and cores < 0.7 * threads:    # threads spin while they wait for others
-            torch.set_num_threads(threads - 1)
-            print0(f"other programs left {cores:.1f} of {threads} cores: {threads - 1} threads from here on")
-        self.good = []
-        self.restart()
+        self.good, self.logged, self.ticked = [], state.step, now
 
 def show(args, state, codec, data, config, last):
     """Draw samples of the default average, the curves of the log, k(t) or k's spectrum: returns the paths."""
