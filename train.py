@@ -62,7 +62,7 @@ PRESETS = {
                  noise_scale=1.0, cfg=2.0, log_every=20, save_every=500, sample_every=500,
                  tokenizer=("pca", None)),
     "small": dict(model=("LightningDiT-S/1", None), image_size=64, epochs=400.0, batch_size=64, lr=5e-4,
-                  k_lr=(1.0, 10.0), ema=[.9995, .999, .995], noise_scale=1.0, cfg=(1.5, 2.0), log_every=20,
+                  k_lr=(1.0, 10.0), ema=[.9995, .999, .995], noise_scale=1.0, cfg=None, log_every=20,
                   save_every=500, sample_every=1000, tokenizer=("pca", None)),
 }
 FASHION = PRESETS["demo"] | dict(epochs=4.267, warmup_epochs=0.03, ema=[.999, .998, .995], save_every=1000,
@@ -362,7 +362,8 @@ def settle(args, data, codec, device):
     need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} does not divide the {share} "
          f"images of a process: try {fits}")
     demo, cuda = args.preset == "demo", device.type == "cuda"
-    defaults = {"micro_batch": fits, "steps": max(1, round(args.epochs * len(data) / args.batch_size)),
+    defaults = {"cfg": 1.0 if len(data.classes) == 1 else 2.0,      # one class leaves nothing to guide to
+                "micro_batch": fits, "steps": max(1, round(args.epochs * len(data) / args.batch_size)),
                 "workers": 0 if demo else min(8, (os.cpu_count() or 1) // LOCAL_WORLD),
                 "compile": cuda and not demo,              # the demo would end before compiling does
                 "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
@@ -398,8 +399,9 @@ def describe(args, config, kdiff, data):
                f"has {args.steps:,}: pictures show {config['ema_default']}; --ema sets others")
     farthest = args.lr * args.k_lr * args.steps            # Adam moves w by its rate a step
     if kdiff.w is not None and farthest < 3:
+        remedy = "more --steps" if args.preset == "small" else "--preset small"
         print0(f"k         w moves by at most {farthest:.2g} in {args.steps:,} steps, so that k stays below "
-               f"{1 / (1 + math.exp(-farthest)):.2f}: {len(data):,} images may want --preset small")
+               f"{1 / (1 + math.exp(-farthest)):.2f}: try {remedy}")
     print0(f"writes to {args.out}")
 
 def time_a_step(args, config, device):
