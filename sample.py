@@ -359,9 +359,10 @@ def measure(it, path, classes, n, batch_size, how, extractor, reference, setting
                  for name in ("fid", "pixel_distance", "is_mean", "is_std")}
     if RANK == 0:
         rows = [each for each in rows if list(each) == list(row)] + [row]
-        write_rows(table, list(row), sorted(rows, key=lambda each: int(each["step"])))
+        rows.sort(key=lambda each: int(each["step"]))
+        write_rows(table, list(row), rows)
         curves = {}
-        for each in sorted(rows, key=lambda each: int(each["step"])):
+        for each in rows:
             xs, ys = curves.setdefault(f"EMA {each['ema']}, CFG {each['cfg']}, n {each['n']}", ([], []))
             if each[extractor.key]:
                 xs.append(int(each["step"]))
@@ -489,15 +490,16 @@ def main():
         columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
         labels = [c for c in classes for _ in range(columns)]                         # whole rows
         if args.fid:
-            measure(it, path, classes, n, args.batch_size, how, extractor, reference,
-                    settings | {"solver_steps": settings.pop("steps"), "reference": args.fid})
+            del settings["steps"]                              # in a table, beside the checkpoint's step
+            settings |= {"solver_steps": args.steps, "reference": args.fid}
+            measure(it, path, classes, n, args.batch_size, how, extractor, reference, settings)
         elif not drawn:
             size = it.shape[1] * (it.codec.tokenizer.factor if it.codec.tokenizer else 1)
             batches = generate_split(it.kdiff, it.codec, it.shape, classes, n, args.batch_size, **how)
             write_samples(batches, n, size, args.out, settings)
             print0(f"wrote {args.out}: {n:,} samples")
         elif RANK == 0 and args.gif:
-            row = paths.setdefault(f"{path.parent.name} {it.config['target']}", [])
+            row = paths[f"{path.parent.name}/{path.stem}"] = []
             last = generate(it.kdiff, it.codec, it.shape, labels[:n], range(n), **how,
                             watch=lambda z: row.append(it.codec.decode(z).cpu()))
             row.append(last.cpu())
@@ -514,6 +516,7 @@ def main():
             draw_grid(images, names, out, columns)
             print0(f"wrote {out}: {len(labels)} samples")
     if args.gif and RANK == 0:
+        need(len({row[0].shape[1:] for row in paths.values()}) == 1, "--gif: checkpoints of one image size")
         draw_paths(paths.values(), list(paths), args.gif)
         print0(f"wrote {args.gif}")
 

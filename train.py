@@ -368,7 +368,8 @@ def settle(args, data, codec, device):
                 "compile": cuda and not demo,              # the demo would end before compiling does
                 "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
     for name, value in defaults.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if isinstance(data, Latents):
         C, size = data.shape[:2]
     else:
