@@ -34,8 +34,7 @@ from torch import nn
 from model import Autoencoder
 from objective import seeded_normal
 
-# ------------------------------------------------------------------------------------------------------------
-# Datasets: .n items, .classes (names), .item(i, flip) -> (tensor, label); .flips: whether it may be mirrored
+# ---- Datasets: .n items, .classes (names), .item(i, flip) -> (tensor, label); .flips: may be mirrored ------
 
 class Dataset(torch.utils.data.Dataset):
     """data[i] is item i as it is; data[(epoch, i)] may be mirrored, as drawn from (seed, epoch, i) alone."""
@@ -51,22 +50,31 @@ class Dataset(torch.utils.data.Dataset):
 
 class Shapes(Dataset):
     """n images of 8 shapes in one bright hue on a dark ground; item i, of class i % 8, is always the same.
-
-    Five factors: place (2), size, angle, hue. item: (uint8 (3, image_size, image_size), label).
-    """
-    classes = ["disc", "square", "triangle", "ring", "cross", "star", "ellipse", "moon"]
+    Five factors: place (2), size, angle, hue. item: (uint8 (3, image_size, image_size), label)."""
+    # signed distance from (x, y), of radius r, to the outline of a shape of radius about 1, negative inside
+    outlines = {
+        "disc": lambda x, y, r: r - 0.9,
+        "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.8,
+        "triangle": lambda x, y, r: np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.52,
+        "ring": lambda x, y, r: abs(r - 0.75) - 0.22,
+        "cross": lambda x, y, r: np.maximum(
+            np.maximum(abs(x), abs(y)) - 1, np.minimum(abs(x), abs(y)) - 0.28),
+        "star": lambda x, y, r: r * np.sin(0.4 + abs(           # folded to one line, from a tip to a notch
+            (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)) - 1.1 * np.sin(0.4),
+        "ellipse": lambda x, y, r: (level := np.hypot(x / 1.1, y / 0.5)) * (level - 1) / np.hypot(
+            x / 1.1 ** 2, y / 0.5 ** 2).clip(1e-9),
+        "moon": lambda x, y, r: np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y)),      # a disc without one
+    }
+    classes = list(outlines)
 
     def __init__(self, n, image_size, seed=0):
-        self.image_size, self.n, self.drawn = image_size, n, {}
+        self.image_size, self.n = image_size, n
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
 
     def item(self, i, flip=False):
-        if self.image_size > 64:
-            return self.draw(i), i % 8
-        if i not in self.drawn:                                       # small ones are drawn once and kept
-            self.drawn[i] = self.draw(i)
-        return self.drawn[i], i % 8
+        return self.draw(i), i % 8
 
+    @functools.lru_cache(6_400)                                       # drawn once and kept
     def draw(self, i):
         """The image itself, uint8 (3, H, W), from the factors of item i."""
         place_x, place_y, size, angle, hue = self.factors[i]
@@ -75,59 +83,32 @@ class Shapes(Dataset):
         x, y = grid[None, :] - 0.22 * (place_x - 0.5), grid[:, None] - 0.22 * (place_y - 0.5)
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = (x * cos + y * sin) / radius, (y * cos - x * sin) / radius
-        distance = shape_distance(self.classes[i % 8], x, y) * radius * self.image_size    # in pixels
+        distance = self.outlines[self.classes[i % 8]](x, y, np.hypot(x, y)) * radius * self.image_size
         inside = np.clip(0.5 - distance, 0, 1)                                             # anti-aliased
         sector = (6 * hue + np.array([0, 4, 2])) % 6                                       # hue to RGB
         colour = 0.15 + 0.85 * np.clip(np.abs(sector - 3) - 1, 0, 1)
         rgb = 0.06 + (colour[:, None, None] - 0.06) * inside
         return torch.from_numpy((rgb * 255 + 0.5).astype(np.uint8))
 
-def shape_distance(name, x, y):
-    """Signed distance from (x, y) to the outline of a shape of radius about 1, negative inside."""
-    r = np.hypot(x, y)
-    if name == "disc":
-        return r - 0.9
-    if name == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.8
-    if name == "triangle":
-        return np.maximum(0.866 * np.abs(x) - 0.5 * y, y) - 0.52
-    if name == "ring":
-        return np.abs(r - 0.75) - 0.22
-    if name == "cross":
-        x, y = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(x - 1, y - 0.28), np.maximum(x - 0.28, y - 1))
-    if name == "star":                                          # fold to one point: a line, tip to notch
-        fold = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-        return np.cos(0.4) * (r * np.sin(fold)) + np.sin(0.4) * (r * np.cos(fold) - 1.1)
-    if name == "ellipse":
-        level, slope = np.hypot(x / 1.1, y / 0.5), np.hypot(x / 1.1 ** 2, y / 0.5 ** 2)
-        return level * (level - 1) / np.maximum(slope, 1e-9)
-    return np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y))   # moon: a disc without another
-
 class Fashion(Dataset):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes in grey.
-
-    60,000 of 28 px, padded with black; split "t10k": 10,000 others. From `folder`, Debian's package
-    dataset-fashion-mnist or our cache, else fetched once. item: (uint8 (3, image_size, image_size), label).
-    """
+    The 60,000 for training, 28 px, padded with black. From `folder`, Debian's package dataset-fashion-mnist
+    or our cache, else fetched once. item: (uint8 (3, image_size, image_size), label)."""
     classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
     url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
     sha256 = {     # of what is inside: packagers compress anew
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"}
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"}
 
-    def __init__(self, image_size=32, folder=None, split="train"):
+    def __init__(self, image_size=32, folder=None):
         need(image_size >= 28, f"--image_size {image_size}: --data fashion is 28 px, to be padded")
-        self.pixels = self.read(f"{split}-images-idx3-ubyte", folder)[16:].reshape(-1, 28, 28)
-        self.labels = self.read(f"{split}-labels-idx1-ubyte", folder)[8:]
+        self.pixels = self.read("train-images-idx3-ubyte", folder)[16:].reshape(-1, 28, 28)
+        self.labels = self.read("train-labels-idx1-ubyte", folder)[8:]
         self.n, self.image_size = len(self.labels), image_size
 
     def item(self, i, flip=False):
         before = (self.image_size - 28) // 2
-        after = self.image_size - 28 - before
-        image = np.pad(self.pixels[i], (before, after))
+        image = np.pad(self.pixels[i], (before, self.image_size - 28 - before))
         return torch.from_numpy(image).expand(3, -1, -1), int(self.labels[i])
 
     def read(self, name, folder):
@@ -137,17 +118,17 @@ class Fashion(Dataset):
             if hashlib.sha256(content).hexdigest() != self.sha256[name]:
                 raise ValueError("its checksum is not the published one")
             return np.frombuffer(content, np.uint8)
-        cache, file = Path("~/.cache/kdiff").expanduser(), f"{name}.gz"
-        places = [Path(folder)] if folder else [Path("/usr/share/datasets/fashion-mnist"), cache]
-        path = next((place / file for place in places if (place / file).is_file()), places[-1] / file)
+        places = [folder] if folder else ["/usr/share/datasets/fashion-mnist", "~/.cache/kdiff"]
+        paths = [Path(place, f"{name}.gz").expanduser() for place in places]
+        path = next(filter(Path.is_file, paths), paths[-1])
         if not folder and not path.is_file() and LOCAL_RANK == 0:
-            with readable(self.url + file, "Fashion-MNIST", remedy="; --data_dir names where it is"):
-                packed = urllib.request.urlopen(self.url + file, timeout=30).read()
+            with checked(self.url + path.name, "Fashion-MNIST", remedy="; --data_dir names where it is"):
+                packed = urllib.request.urlopen(self.url + path.name, timeout=30).read()
                 unpacked(packed)
             write_atomically(path, lambda temporary: temporary.write_bytes(packed))
         barrier()                                                # until the first process has fetched it
-        need(path.is_file(), f"{path.parent}: holds no {file}")
-        with readable(path, "Fashion-MNIST"):
+        need(path.is_file(), f"{path.parent}: holds no {path.name}")
+        with checked(path, "Fashion-MNIST"):
             return unpacked(path.read_bytes())
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -158,9 +139,8 @@ def list_images(folder):
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
-        chain = {os.path.realpath(parent) for parent in (here, *Path(here).parents)}
-        for link in (os.path.join(here, f) for f in folders):
-            need(not os.path.islink(link) or os.path.realpath(link) not in chain,
+        for link in filter(os.path.islink, (os.path.join(here, f) for f in folders)):
+            need(os.path.realpath(link) not in map(os.path.realpath, Path(link).parents),
                  f"{link}: a link in a circle; remove it")
         found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
     need(found, f"{folder}: holds no images ({', '.join(IMAGES)}), in subfolders, one a class, or flat")
@@ -168,7 +148,7 @@ def list_images(folder):
 
 def read_image(path):
     """The file as an upright RGB image. FileError naming it where it cannot be read, whatever the reason."""
-    with readable(path, "a readable image", remedy="; mend or remove it"):
+    with checked(path, "a readable image", remedy="; mend or remove it"):
         if not os.path.isfile(path):                                  # nor a pipe, which would wait for ever
             raise ValueError("no such file")
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
@@ -221,24 +201,23 @@ class ImageFolder(Dataset):
 def class_names(meta, labels, path):
     """The names of classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
     low, high = int(labels.min()), int(labels.max())
-    names = meta.get("classes") or [str(i) for i in range(min(high + 1, 1_000_000))]
-    need(isinstance(names, list) and all(isinstance(name, str) for name in names),
-         f"{path}: its class names are no list")
-    need(low >= 0 and high < len(names),
-         f"{path}: its labels, {low} to {high}, do not fit its {len(names)} classes")
+    with checked(path, "a dataset whose classes have names"):
+        names = [str(name) for name in meta.get("classes") or range(min(high + 1, 1_000_000))]
+    need(0 <= low and high < len(names), f"{path}: labels {low} to {high}, not of its {len(names)} classes")
     return names
+
+def record(size):
+    """The dtype of an image (3, size, size) and its label in a packed array."""
+    return np.dtype([("image", "u1", (3, size, size)), ("label", "<i8")])
 
 class Packed(Dataset):
     """An array made by `data.py pack`: records of uint8 image (3, H, W) and label, memory-mapped."""
 
     def __init__(self, path):
         self.records = open_array(path)
-        kind = self.records.dtype
-        image = kind["image"] if {"image", "label"} <= set(kind.names or ()) else kind
-        need(image.base == np.uint8 and len(image.shape) == 3 and image.shape == (3, *2 * image.shape[2:]),
-             f"{path}: not an array made by `python data.py pack`")
-        self.n, self.image_size, self.flips = len(self.records), image.shape[-1], True
-        need(self.n, f"{path}: holds no images")
+        self.n, kind, self.flips = len(self.records), self.records.dtype, True
+        self.image_size = kind["image"].shape[-1] if "image" in (kind.names or ()) else 0
+        need(self.n and kind == record(self.image_size), f"{path}: no images packed by `python data.py pack`")
         meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
         self.classes = class_names(meta, self.records["label"], path)
 
@@ -254,74 +233,57 @@ class Map(np.memmap):
 
 def open_array(path):
     """A .npy file as a Map; FileError where it is damaged."""
-    with readable(path, "a readable array"):
+    with checked(path, "a readable array"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.memmap) or not array.ndim:
-            raise ValueError("not one array in a .npy file")
-        if array.offset + array.nbytes != os.path.getsize(path):
-            raise ValueError("its size is not what its header says")
+        need(array.ndim and array.offset + array.nbytes == os.path.getsize(path),
+             f"{path}: its size is not what its header says")
         return array.view(Map)
 
 def open_safetensors(path):
     """{name: Map} of a .safetensors file; FileError for anything that is not whole."""
-    kinds, size, arrays, expected = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}, 0, {}, 0
-    with readable(path, "a readable safetensors file"), open(path, "rb") as file:
-        size, length = os.path.getsize(path), int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError("its header is cut off")
-        header = json.loads(file.read(length))
+    kinds, arrays = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}, {}
+    with checked(path, "a readable safetensors file"), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, os.path.getsize(path))))
         header.pop("__metadata__", None)
-        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if expected != size:
-            raise ValueError(f"truncated or damaged: {expected:,} bytes expected, {size:,} found")
         for name, entry in header.items():
             dtype, shape, (begin, end) = kinds[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            if min((begin, *shape)) < 0 or end - begin != np.dtype(dtype).itemsize * math.prod(shape):
-                raise ValueError(f"the bytes of {name} do not fit its shape {shape}")
-            arrays[name] = Map(path, dtype, "r", 8 + length + begin, shape) if end > begin \
-                else np.empty(shape, dtype)
+            need(min(begin, *shape) >= 0 and end - begin == np.dtype(dtype).itemsize * math.prod(shape),
+                 f"{path}: the bytes of {name} do not fit its shape {shape}")
+            arrays[name] = Map(path, dtype, "r", 8 + length + begin, shape)      # fails past the end
     return arrays
 
 def read_json(path):
     """A JSON file's content, a dict; FileError where it is damaged."""
-    with readable(path, "readable JSON"):
-        content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
+    with checked(path, "readable JSON"):
+        return dict(json.loads(Path(path).read_text()))
 
 def read_tensors(path, mmap=False):
     """A torch file read as data: nothing in it is executed. FileError where it is damaged or holds more.
-
     The one class allowed beside tensors and containers is argparse.Namespace, of JiT's published files.
-    mmap: leave the tensors in the file until they are used, so that many processes share one copy.
-    """
-    missing = not os.path.isfile(path)
-    with readable(path, "a readable checkpoint",
-                  reason="no such file" if missing else "damaged, or not plain tensors"):
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    mmap: leave the tensors in the file until they are used, so that many processes share one copy."""
+    reason = "damaged, or not plain tensors" if os.path.isfile(path) else "no such file"
+    with checked(path, "readable", reason), torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 class Latents(Dataset):
     """Latents made by `data.py encode`, or LightningDiT's published shards; .mean and .std are (1, C, 1, 1).
 
-    item: (float16 or float32 (C, h, w), not normalised, label); flip picks the latent of the mirrored image.
-    """
+    item: (float16/32 (C, h, w), not normalised, label); flip picks the latent of the mirrored image."""
 
     def __init__(self, folder):
         folder, names, meta = Path(folder), ("latents", "latents_flip", "labels"), {}
-        shards, stats = sorted(folder.glob("*.safetensors")), folder / "latents_stats.pt"
+        shards = sorted(folder.glob("*.safetensors"))
         self.flips, self.parts = True, [open_safetensors(path) for path in shards]
         if shards:
-            statistics = read_tensors(stats) if stats.exists() else {}
+            statistics = read_tensors(folder / "latents_stats.pt")
         else:
-            need((folder / "meta.json").exists(), f"{folder}: latents without meta.json, so half-written: "
-                 "run `python data.py encode` again")
+            need((folder / "meta.json").exists(), f"{folder}: no meta.json, so half-written: encode again")
             meta = statistics = read_json(folder / "meta.json")
             self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
         for path, part in zip(shards or [folder], self.parts):
-            need(set(names) <= set(part), f"{path}: holds no {' or '.join(set(names) - set(part))}")
-            shape = part["latents"].shape
+            missing, shape = set(names) - set(part), part.get("latents", np.empty(0)).shape
+            need(not missing, f"{path}: holds no {' or '.join(missing)}")
             need(len(shape) == 4 and shape == part["latents_flip"].shape and shape[:1] == part["labels"].shape
                  and shape[1:] == self.parts[0]["latents"].shape[1:],
                  f"{path}: latents, latents_flip and labels do not fit together or the other shards")
@@ -329,7 +291,7 @@ class Latents(Dataset):
         self.n = int(self.starts[-1])
         need(self.n, f"{folder}: holds no latents")
         self.shape = self.parts[0]["latents"].shape[1:]
-        with readable(folder, "whole", reason=f"no mean and std of its {self.shape[0]} channels "
+        with checked(folder, "whole", reason=f"no mean and std of its {self.shape[0]} channels "
                       "in latents_stats.pt or meta.json"):
             self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, self.shape[0], 1, 1)
                                    for key in ("mean", "std"))
@@ -353,39 +315,27 @@ def open_dataset(source, image_size, folder=None):
         return Latents(path) if latents else ImageFolder(path, image_size)
     need(path.exists(), f"{path}: no such file or folder")
     data = Packed(path)
-    need(data.image_size == image_size, f"{path}: packed at {data.image_size} px: "
-         f"pass --image_size {data.image_size} or pack again")
+    need(data.image_size == image_size, f"{path} was packed for --image_size {data.image_size}")
     return data
 
-class Order:
-    """The order of training: one permutation after another, batch n is positions [n B, (n+1) B) of them all.
-
-    Yields one process's share of each batch as a list of (epoch, index), for steps start, ..., stop - 1.
-    """
-
-    def __init__(self, n, batch_size, seed, start, stop, rank=0, world=1):
-        self.n, self.seed, self.steps = n, seed, range(start, stop)
-        self.batch_size, self.share = batch_size, batch_size // world
-        self.first = rank * self.share
-
-    def __iter__(self):
-        @functools.lru_cache(2)                                       # a batch may straddle two epochs
-        def permutation(epoch):
-            seed = seed_of(self.seed, "order", epoch)
-            return torch.randperm(self.n, generator=torch.Generator().manual_seed(seed))
-        for step in self.steps:
-            first = step * self.batch_size + self.first
-            positions = range(first, first + self.share)
-            yield [(p // self.n, int(permutation(p // self.n)[p % self.n])) for p in positions]
+def order(n, batch_size, seed, start, stop, rank=0, world=1):
+    """The order of training: one permutation after another, batch m is positions [m B, (m+1) B) of them all.
+    Yields one process's share of each batch as a list of (epoch, index), for steps start, ..., stop - 1."""
+    @functools.lru_cache(2)                                           # a batch may straddle two epochs
+    def permutation(epoch):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
+    share = batch_size // world
+    for step in range(start, stop):
+        first = step * batch_size + rank * share
+        yield [(p // n, int(permutation(p // n)[p % n])) for p in range(first, first + share)]
 
 def some_items(data, n=4096):
     """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all data, always the same."""
     n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
-    indices = [i for _, i in next(iter(Order(len(data), n, 0, 0, 1)))]
-    return next(read_in_batches(data, indices, n))[0]
+    indices = [i for _, i in next(order(len(data), n, 0, 0, 1))]
+    return next(read_in_batches(data, indices, n))[1]
 
-# ------------------------------------------------------------------------------------------------------------
-# Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> (N, channels, H/factor, W/factor), .decode back
+# ---- Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> (N, channels, H/factor, W/factor), .decode back
 
 class PatchPCA(nn.Module):
     """Principal components of image patches: orthonormal, so decoding is a transpose. Fitted in seconds."""
@@ -401,8 +351,7 @@ class PatchPCA(nn.Module):
     def fit(cls, images, factor, channels):
         """Fit to images (N, 3, H, W) in [-1, 1]; UserError for more channels than a patch has values."""
         values = 3 * factor ** 2
-        need(0 < channels <= values,
-             f"PatchPCA with {channels} channels: a patch of {factor} px has {values} values")
+        need(0 < channels <= values, f"{channels} channels: a patch of {factor} px has {values} values")
         patches = F.pixel_unshuffle(images, factor).transpose(0, 1).flatten(1).double()     # (3 p p, patches)
         mean = patches.mean(1)
         basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)[:, :channels]
@@ -427,7 +376,7 @@ class VAVAE(Autoencoder):
         if file:
             ours = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
             weights = read_tensors(file)
-            with readable(file, "a VA-VAE f16d32"):
+            with checked(file, "a VA-VAE f16d32"):
                 weights = weights.get("state_dict", weights)
                 self.load_state_dict({key: value for key, value in weights.items() if key.startswith(ours)})
         self.eval().requires_grad_(False)
@@ -448,9 +397,7 @@ class VAVAE(Autoencoder):
 
 class Codec(nn.Module):
     """Between what datasets hold and the network's x: the only place where images and latents are scaled.
-
-    tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. `decodes`: whether images can be made.
-    """
+    tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. decodes: whether to images."""
 
     def __init__(self, tokenizer=None, mean=None, std=None):
         super().__init__()
@@ -474,81 +421,70 @@ class Codec(nn.Module):
         x = self.tokenizer.decode(x) if self.tokenizer else x
         return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
-# ------------------------------------------------------------------------------------------------------------
-# Commands
+# ---- Commands ----------------------------------------------------------------------------------------------
 
 class ArrayFile:
     """A .npy file whose rows all processes write, by plain writes: a full disk is an error, not a crash."""
 
     def __init__(self, path, dtype, shape):
-        self.path, dtype = Path(path), np.dtype(dtype)
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        self.row = dtype.itemsize * math.prod(shape[1:])                          # bytes
+        self.path = Path(path)
         if RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with writable(path), open(path, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                file.truncate(file.tell() + self.row * shape[0])
+            with checked(path, "written"):
+                np.lib.format.open_memmap(path, "w+", dtype, shape)
         barrier()
-        self.start = os.path.getsize(path) - self.row * shape[0]
+        array = open_array(path)
+        self.start, self.row = array.offset, array.strides[0]                     # in bytes
 
     def write(self, first, rows):
         """Write an array's rows at first, first + 1, ...; FileError where there is no room."""
-        with writable(self.path), open(self.path, "r+b") as file:
+        with checked(self.path, "written"), open(self.path, "r+b") as file:
             file.seek(self.start + first * self.row)
             file.write(rows.tobytes())
 
 def read_in_batches(data, indices, batch_size):
-    """Batches (tensor (n, ...), list of labels) of the items at indices, read by threads in order."""
+    """Batches (indices, tensor (n, ...), list of labels) of the items at indices, read by threads."""
     with ThreadPoolExecutor(THREADS) as pool:
-        for i in range(0, len(indices), batch_size):
-            images, labels = zip(*pool.map(data.__getitem__, indices[i:i + batch_size]))
-            yield torch.stack(images), list(labels)
+        for part in in_batches(indices, batch_size):
+            images, labels = zip(*pool.map(data.__getitem__, part))
+            yield part, torch.stack(images), list(labels)
 
 def pack(source, image_size, out):
     """Write a folder's images, cropped to image_size, and labels as one array that can be memory-mapped."""
     data = ImageFolder(source, image_size)
-    record = np.dtype([("image", "u1", (3, image_size, image_size)), ("label", "<i8")])
 
     def write(temporary):
-        array, progress, done = ArrayFile(temporary, record, (len(data),)), Progress(len(data)), 0
-        for images, labels in read_in_batches(data, range(len(data)), 64):
-            records = np.empty(len(labels), record)
+        array = ArrayFile(temporary, record(image_size), (len(data),))
+        for indices, images, labels in read_in_batches(data, range(len(data)), 64):
+            records = np.empty(len(labels), record(image_size))
             records["image"], records["label"] = images, labels
-            array.write(done, records)
-            done += len(labels)
-            progress(done)
+            array.write(indices[0], records)
     write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps({"classes": data.classes})))
     write_atomically(out, write)
-    print0(f"wrote {out}: {len(data):,} images of {image_size} px in {len(data.classes)} classes; "
-           f"train with --data {out}")
+    print0(f"wrote {out}: {len(data):,} images of {image_size} px; train with --data {out}")
 
 @torch.no_grad()
-def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed=0):
+def encode(source, tokenizer, image_size, out, batch_size=32, seed=0):
     """Write VA-VAE latents of every image and its mirror image, labels, statistics; processes share the work.
-
-    meta.json is written last: a folder without it is half-written, and is not taken for a whole one.
-    """
+    meta.json is written last: a folder without it is half-written, and is not taken for a whole one."""
     data, out, factor = open_dataset(source, image_size), Path(out), tokenizer.factor
+    device = next(tokenizer.parameters()).device
     need(not (out / "meta.json").exists(), f"--out {out} holds finished latents; remove it or choose another")
     need(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
     need(not isinstance(data, Latents), f"{source}: latents already")
     shape = (len(data), tokenizer.channels, image_size // factor, image_size // factor)
-    files = {name: ArrayFile(out / f"{name}.npy", np.float16, shape) for name in ("latents", "latents_flip")}
-    labels_file, tokenizer = ArrayFile(out / "labels.npy", np.int64, shape[:1]), tokenizer.to(device)
+    files = {name: ArrayFile(out / f"{name}.npy", kind, shape[:dims]) for name, kind, dims in (
+        ("latents", np.float16, 4), ("latents_flip", np.float16, 4), ("labels", np.int64, 1))}
     sums = torch.zeros(3, shape[1], dtype=torch.float64)          # sum, sum of squares, count, per channel
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
-    i, progress = mine.start, Progress(len(mine))
-    for images, labels in read_in_batches(data, mine, batch_size):
+    for indices, images, labels in read_in_batches(data, mine, batch_size):
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
-            noise = seeded_normal(shape[1:], [seed_of(seed, name, i + j) for j in range(len(labels))], device)
+            noise = seeded_normal(shape[1:], [seed_of(seed, name, i) for i in indices], device)
             latents = tokenizer.encode(Codec().encode(batch.to(device)), noise).cpu()
-            files[name].write(i, latents.half().numpy())
+            files[name].write(indices[0], latents.half().numpy())
             flat = latents.double().transpose(0, 1).flatten(1)
             sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.ones_like(flat).sum(1)])
-        labels_file.write(i, np.array(labels))
-        i += len(labels)
-        progress(i - mine.start)
+        files["labels"].write(indices[0], np.array(labels))
     if WORLD > 1:
         dist.all_reduce(sums)
     mean = sums[0] / sums[2]
@@ -558,12 +494,11 @@ def encode(source, tokenizer, image_size, out, batch_size=32, device="cpu", seed
     if RANK == 0:
         write_atomically(out / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta)))
     barrier()
-    print0(f"wrote {out}: {len(data):,} latents of {shape[1:]} and their mirror images; "
-           f"train with --data {out}")
+    print0(f"wrote {out}: {len(data):,} latents of {shape[1:]}, also mirrored; train with --data {out}")
 
 def parse():
     """The command line of `pack` and `encode`."""
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("command", choices=("pack", "encode"), help="store a folder's images, cropped, or their latents")
     add("source", help="a folder of images; for encode, a packed array will do")
@@ -584,26 +519,23 @@ def main():
     if args.command == "pack":
         pack(args.source, args.image_size, args.out)
     else:
-        device, *_ = setup(args.device)
-        tokenizer = VAVAE(args.tokenizer).to(getattr(torch, args.dtype))
-        encode(args.source, tokenizer, args.image_size, args.out, args.batch_size, device)
+        device = setup(args.device)
+        tokenizer = VAVAE(args.tokenizer).to(device, getattr(torch, args.dtype))
+        encode(args.source, tokenizer, args.image_size, args.out, args.batch_size)
 
-# ------------------------------------------------------------------------------------------------------------
-# Processes and device
+# ---- Processes and device ----------------------------------------------------------------------------------
 
 RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
     ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))      # set by torchrun
 THREADS = max(1, (os.cpu_count() or 1) // LOCAL_WORLD)    # of a process, to read or write images with
 
 def setup(device=None):
-    """Join torchrun's processes, if any: (torch.device, rank, world). device: cuda where there is one."""
+    """Join torchrun's processes, if any; returns the torch.device: cuda where there is one, or as named."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            count = torch.cuda.device_count()
-            need(LOCAL_WORLD <= max(count, 1),
-                 f"--nproc_per_node is larger than the {count} GPUs of this machine")
+            need(LOCAL_WORLD <= max(torch.cuda.device_count(), 1), "--nproc_per_node: more than GPUs here")
             device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
             torch.cuda.set_device(device)                 # first: else each process would occupy GPU 0, too
         torch.empty(0, device=device)
@@ -613,7 +545,7 @@ def setup(device=None):
         torch.set_float32_matmul_precision("high")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device, RANK, WORLD
+    return device
 
 def barrier():
     """Wait for all processes; on the CPU, so that it needs no device."""
@@ -629,21 +561,18 @@ def seed_of(*key):
     """A 63-bit seed from numbers and words, equal on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
-class Progress:
-    """Called with what is done: a line of it, rate and time left, every 10 seconds and at the end."""
+def in_batches(indices, batch_size, what="images"):
+    """Slices of indices; of several, a line every 10 seconds and at the end: progress, rate, time left."""
+    start, told, total = time.time(), time.time(), len(indices)
+    for done in range(0, total, batch_size):
+        yield indices[done:done + batch_size]
+        done, now = min(done + batch_size, total), time.time()
+        if RANK == 0 and total > batch_size and (done == total or now - told > 10):
+            told, rate = now, done / max(now - start, 1e-9)
+            left = timedelta(seconds=int((total - done) / rate))
+            print(f"{what} {done:,}/{total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr)
 
-    def __init__(self, total, what="images"):
-        self.total, self.what, self.start, self.last = total, what, time.time(), time.time()
-
-    def __call__(self, done):
-        now = time.time()
-        if RANK == 0 and (done == self.total or now - self.last > 10):
-            self.last, rate = now, done / max(now - self.start, 1e-9)
-            left = timedelta(seconds=int((self.total - done) / max(rate, 1e-9)))
-            print(f"{self.what} {done:,}/{self.total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr)
-
-# ------------------------------------------------------------------------------------------------------------
-# Errors: one line that names the flag or file, the value and the remedy, and exit status 2
+# ---- Errors: one line that names the flag or file, the value and the remedy, and exit status 2 -------------
 
 class UserError(ValueError):
     """Something the user can mend, met by all processes alike: the first of each machine prints it."""
@@ -657,8 +586,8 @@ def need(ok, message):
         raise UserError(message)
 
 @contextmanager
-def readable(path, what, reason=None, remedy=""):
-    """Within: an error of any kind, and on bad bytes libraries raise many, becomes a FileError on path."""
+def checked(path, what, reason=None, remedy=""):
+    """Within: an error of any kind (on bad bytes libraries raise many) is a FileError, `path: not what`."""
     try:
         yield
     except UserError:
@@ -666,29 +595,17 @@ def readable(path, what, reason=None, remedy=""):
     except Exception as error:
         raise FileError(f"{path}: not {what} ({reason or in_short(error)}){remedy}") from None
 
-@contextmanager
-def writable(path):
-    """Within: an OSError, such as a full disk, becomes a FileError on path."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"{path} could not be written: {error.strerror}") from None
-
 def in_short(error):
     """An error's text on one line, for the end of ours."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:150] or type(error).__name__
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line, like every other error of ours."""
-
-    def __init__(self, doc, **kw):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **kw)
-
-    def error(self, message):
-        """Raise a UserError where argparse would print its usage."""
-        raise UserError(f"{message} (see --help)")
+def new_parser(doc):
+    """An argparse parser whose complaints are one line, like every other error of ours."""
+    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, **how)
+    parser.error = lambda message: need(False, f"{message} (see --help)")
+    return parser
 
 def check_ranges(args, **least):
     """UserError for a flag of args below its least value, or not a number; flags that are None pass."""
@@ -738,7 +655,6 @@ def run(main):
     except KeyboardInterrupt:
         leave(130)
     except (UserError, RuntimeError, OSError, EOFError) as error:
-        end_workers()
         if LOCAL_RANK == 0 or type(error) is not UserError:
             print("error:", explain(error), file=sys.stderr, flush=True)
         leave(2)

@@ -24,39 +24,29 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, Parser, barrier, check_ranges,
-                  list_images, need, open_dataset, print0, Progress, read_image, read_json, read_tensors,
-                  readable, run, setup, to_tensor, write_atomically)
+from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, barrier, check_ranges, checked,
+                  in_batches, list_images, need, new_parser, open_dataset, print0, read_image, read_tensors,
+                  run, setup, to_tensor, write_atomically)
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
-
-    tr (sigma1 sigma2)^(1/2) sums the roots of the eigenvalues of sigma1 sigma2; where one is singular, with
-    sigma = A A^T of each, the singular values of A1^T A2: real, never NaN, exact at every rank. UserError for
-    other shapes or values not finite.
-    """
+    tr (sigma1 sigma2)^(1/2) is the sum of the singular values of A1^T A2, where sigma = A A^T: real, never
+    NaN, exact at every rank. UserError for other shapes or values not finite."""
     mu1, sigma1, mu2, sigma2 = arrays = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
     shapes = [a.shape for a in arrays]
     need(mu1.ndim == 1 and shapes == [mu1.shape, 2 * mu1.shape] * 2 and np.isfinite(sum(map(np.sum, arrays))),
          f"mu (D,) and sigma (D, D) of finite numbers expected twice, not {shapes}")
-    try:
-        scipy.linalg.cholesky(sigma1, check_finite=False)                         # both must be definite
-        values = scipy.linalg.eigh(sigma1, sigma2, type=2, driver="gv", eigvals_only=True, check_finite=False)
-        cross = np.sqrt(values.clip(min=0)).sum()                                 # 6 times as fast as below
-    except scipy.linalg.LinAlgError:
-        roots = []
-        for sigma in (sigma1, sigma2):
-            values, vectors = scipy.linalg.eigh(sigma)
-            keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]    # the others should be 0
-            roots.append(vectors[:, keep] * np.sqrt(values[keep]))                # A (D, rank)
-        cross = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    roots = []
+    for sigma in (sigma1, sigma2):
+        values, vectors = scipy.linalg.eigh(sigma)
+        keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]        # the others should be 0
+        roots.append(vectors[:, keep] * np.sqrt(values[keep]))                    # A (D, rank)
+    cross = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
     return float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 def inception_score(logits, splits=10):
     """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean and std.
-
-    The order of the rows matters: that of the files, or of the samples' indices. UserError for N < splits.
-    """
+    The order of the rows matters: that of the files, or of the samples' indices. UserError for N < splits."""
     logits, n = torch.as_tensor(logits), len(logits)
     need(n >= splits, f"{n} images do not fill {splits} splits")
     order, scores = torch.from_numpy(np.random.RandomState(2020).permutation(n)), []
@@ -67,11 +57,9 @@ def inception_score(logits, splits=10):
     return float(np.mean(scores)), float(np.std(scores))
 
 class Statistics:
-    """Mean and covariance of features that arrive in batches and on several processes, in float64.
-
-    Keeps the scatter around the current mean, sum (f - mean)(f - mean)^T, and merges by Chan, Golub, LeVeque
-    (1983): the difference of two means enters as one more row. Nothing large is subtracted from a large one.
-    """
+    """Mean and covariance of features that arrive in batches and on several processes, in float64. Keeps the
+    scatter around the current mean, sum (f - mean)(f - mean)^T, and merges by Chan, Golub, LeVeque (1983):
+    the difference of two means enters as one more row. Nothing large is subtracted from a large one."""
 
     def __init__(self, dim, device="cpu"):
         device = "cpu" if torch.device(device).type == "mps" else device          # which has no float64
@@ -101,14 +89,11 @@ class Statistics:
         need(self.n > 1, f"{self.n} images have no covariance: 2 are needed, and 50,000 are usual")
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy(), self.n
 
-# ------------------------------------------------------------------------------------------------------------
-# Features
+# ---- Features ----------------------------------------------------------------------------------------------
 
 def resize(x, size=299):
     """TensorFlow 1's bilinear resize: uint8 (N, 3, H, W) to float32 (N, 3, size, size), unscaled.
-
-    Destination i reads source i * H / size: no half-pixel shift, no antialiasing; that is part of FID.
-    """
+    Destination i reads source i * H / size: no half-pixel shift, no antialiasing; that is part of FID."""
     for _ in "WH":                                                # the last dimension, then turn the image
         source = torch.arange(size, device=x.device) * (x.shape[-1] / size)
         low = source.long()
@@ -135,15 +120,13 @@ POOLS = {"average": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
 
 class Inception(nn.Module):
     """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and bias-free logits (N, 1008).
-
     weights_file: keys and shapes as published, else UserError. Float32 throughout, whatever the caller's
-    autocast and TF32, which would move an FID in its third digit.
-    """
+    autocast and TF32, which would move an FID in its third digit."""
     key, dim = "fid", 2048
 
     def __init__(self, weights_file):
         super().__init__()
-        with readable(weights_file, "FID's Inception-v3"):
+        with checked(weights_file, "FID's Inception-v3"):
             for key, value in read_tensors(weights_file).items():
                 self.register_buffer(key.replace(".", " "), value)
             self.to(memory_format=torch.channels_last)                            # 1.4 times as fast on CPU
@@ -196,7 +179,7 @@ def make_extractor(features="inception", weights=None, device="cpu", any_weights
         return Pixels().to(device)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name))
     if LOCAL_RANK == 0 and not weights and not path.exists():
-        with readable(URL, f"to be had; fetch it elsewhere and put it at {path}, or name it with --weights"):
+        with checked(URL, f"to be had; fetch it elsewhere and put it at {path}, or name it with --weights"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, path, hash_prefix=WEIGHTS)
     barrier()
@@ -210,15 +193,12 @@ def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation: of samples as they come, and of files
+# ---- Evaluation: of samples as they come, and of files -----------------------------------------------------
 
 def evaluate(batches, extractor, reference, device="cpu"):
     """Measure this process's batches of (uint8 (N, 3, H, W), global index of the first), of files or samples.
-
     Returns, on all processes, a dict: fid or pixel_distance, n and, for 10 images or more through Inception,
-    is_mean and is_std. UserError where images or weights do not fit the reference.
-    """
+    is_mean and is_std. UserError where images or weights do not fit the reference."""
     statistics, rows = Statistics(extractor.dim, device), []
     for images, first in batches:
         need(reference.size in (None, images.shape[2:]),
@@ -267,16 +247,12 @@ class Source(NamedTuple):
     def batches(self, batch_size):
         """This process's share as evaluate() takes it; a GPU still computes while the next batch is read."""
         need(self.read and self.n > 1, f"{self.path}: no images, or fewer than 2, so without covariance")
-        first, last = self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD
-        progress = Progress(last - first)
-        for i in range(first, last, batch_size):
-            j = min(i + batch_size, last)
-            yield self.read(i, j), i
-            progress(j - first)
+        for indices in in_batches(range(self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD), batch_size):
+            yield self.read(indices[0], indices[-1] + 1), indices[0]
 
 def open_images(path, names, item):
     """The Source of item(i), uint8 (3, H, W), read by threads. UserError for latents, and for two sizes."""
-    first, settings, pool = item(0), Path(path, "settings.json"), ThreadPoolExecutor(THREADS)
+    first, pool = item(0), ThreadPoolExecutor(THREADS)
     need(first.dtype == torch.uint8, f"{path}: latents, not images")
 
     def read(i, j):
@@ -286,8 +262,7 @@ def open_images(path, names, item):
                 raise FileError(f"{name} is {image.shape[2]}x{image.shape[1]}, "
                                 f"{names[0]} is {first.shape[2]}x{first.shape[1]}: one size needed")
         return torch.stack(images)
-    return Source(path, len(names), tuple(first.shape[1:]), read=read,
-                  settings=read_json(settings) if settings.exists() else None)
+    return Source(path, len(names), tuple(first.shape[1:]), read=read)
 
 def open_npz(path, features):
     """mu and sigma of an .npz, else the images in its arr_0, streamed, never held whole."""
@@ -297,11 +272,11 @@ def open_npz(path, features):
             return np.lib.format.read_array(file, allow_pickle=False)
 
     def read(i, j):
-        with readable(path, "an .npz of images"):
+        with checked(path, "an .npz of images"):
             file.seek(start + i * pixels)                         # unpacks what lies between
             batch = torch.frombuffer(bytearray(file.read((j - i) * pixels)), dtype=torch.uint8)
             return batch.view(j - i, *shape[1:]).permute(0, 3, 1, 2)
-    with readable(path, "an .npz of images or statistics"):
+    with checked(path, "an .npz of images or statistics"):
         archive = zipfile.ZipFile(path)
         names = {name.removesuffix(".npy") for name in archive.namelist()}
         if names & {"mu", "sigma"}:                               # ADM's references hold arr_0 as well
@@ -340,7 +315,7 @@ def load_reference(path, features="inception"):
 
 def parse():
     """The command line."""
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("samples", nargs="?", help="a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)")
     add("reference", nargs="?", help="likewise")
@@ -361,15 +336,12 @@ def parse():
 def main():
     """Measure samples against a reference, or write one."""
     args = parse()
-    device, *_ = setup(args.device)
+    device = setup(args.device)
     if args.make_ref:
-        size = args.image_size
-        data = open_dataset(args.make_ref, size)
+        data = open_dataset(args.make_ref, args.image_size)
         reference = open_images(args.make_ref, range(len(data)), lambda i: data[i][0])
     else:
         samples, reference = (open_source(path, args.features) for path in (args.samples, args.reference))
-        need(None in (samples.size, reference.size) or samples.size == reference.size,
-             f"{args.reference}: height and width {reference.size}, {args.samples} {samples.size}")
         if not samples.read and not reference.read:
             distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
             return show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, samples.weights)
@@ -383,10 +355,10 @@ def main():
     if not args.make_ref:
         result = evaluate(samples.batches(args.batch_size), extractor, reference, device)
         return show(result, reference, extractor.sha256, samples.settings)
-    made = dict(mu=mu, sigma=sigma, n=n, image_size=size, features=args.features)
+    made = dict(mu=mu, sigma=sigma, n=n, image_size=args.image_size, features=args.features)
     if RANK == 0:
         write_atomically(args.out, lambda path: np.savez(path, weights=extractor.sha256 or "", **made))
-    print0(f"wrote {args.out}: {args.features} features of {n:,} images of {size} px")
+    print0(f"wrote {args.out}: {args.features} features of {n:,} images of {args.image_size} px")
 
 if __name__ == "__main__":
     run(main)

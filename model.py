@@ -16,8 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------------------------------
-# The transformers
+# ---- The transformers --------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, always in float32; where given, * (1 + scale) + shift."""
@@ -42,19 +41,15 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, qk_norm, dropout):
         super().__init__()
-        self.heads, self.qk_norm = heads, qk_norm
+        self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        if qk_norm:
-            self.q_norm = RMSNorm(dim // heads)
-            self.k_norm = RMSNorm(dim // heads)
+        self.q_norm, self.k_norm = (RMSNorm(dim // heads) if qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)   # each (N, T, heads, h)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(a, rope).to(v.dtype) for a in (q, k))
+        q, k = (rotate(a, rope).to(v.dtype) for a in (self.q_norm(q), self.k_norm(k)))
         x = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
         return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))         # (N, T, D)
 
@@ -81,9 +76,7 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate.
-
-    The first `drop` tokens leave the stream after attention: others have read them, and nobody will again.
-    """
+    The first `drop` tokens leave the stream after attention: others have read them, and nobody will again."""
 
     def __init__(self, dim, heads, qk_norm, dropout=0.0):
         super().__init__()
@@ -239,8 +232,7 @@ def build(name, image_size, num_classes, in_channels=None, **overrides):
     return network(image_size=image_size, num_classes=num_classes, in_channels=in_channels or channels,
                    **config | overrides)
 
-# ------------------------------------------------------------------------------------------------------------
-# Time and positions
+# ---- Time and positions ------------------------------------------------------------------------------------
 
 class TimeEmbedding(nn.Module):
     """t (N,) in [0, 1] -> (N, D), in float64, which neither autocast nor TF32 makes less: in bfloat16 nearby
@@ -276,8 +268,7 @@ def rotary_positions(side, dim, prefix=0):
     a = F.pad(a, (0, 0, prefix, 0))
     return a.cos().float(), a.sin().float()
 
-# ------------------------------------------------------------------------------------------------------------
-# VA-VAE f16d32, a KL autoencoder of the latent-diffusion family
+# ---- VA-VAE f16d32, a KL autoencoder of the latent-diffusion family ----------------------------------------
 
 def conv(width_in, width, size=3):
     return nn.Conv2d(width_in, width, size, padding=size // 2)
@@ -358,8 +349,7 @@ class Autoencoder(nn.Module):
     def decode(self, z):
         return self.decoder(self.post_quant_conv(z))
 
-# ------------------------------------------------------------------------------------------------------------
-# What the sizes cost
+# ---- What the sizes cost -----------------------------------------------------------------------------------
 
 def gmacs(net, shape):
     """Billions of multiply-adds in one forward of one input of this shape (C, H, W)."""

@@ -128,16 +128,16 @@ class KDiff(nn.Module):
         return self.loss(x, y, t, e)
 
     def ks(self):
-        """What was learned, as tensors: {"k": k, or its mean over t or channels}; for two {"k1", "k2"}, for
-        channel {"k_min", "k_max"} as well. A fixed target gives its k."""
+        """What was learned, as tensors: {"k": k, or its mean over t or channels}, before it {"k1", "k2"} for
+        target two, after it {"k_min", "k_max"} for channel. A fixed target gives its k."""
         c, d = self.coefficients(torch.linspace(0, 1, BINS + 1, device=self.index.device))
         c, d = c.detach(), d.detach()
         k = c / (c - d)
-        least = {"k_min": k.min(), "k_max": k.max()} if self.target == "channel" else {}
-        return {"k1": c.mean(), "k2": -d.mean()} if self.target == "two" else {"k": k.mean()} | least
+        before = {"k1": c.mean(), "k2": -d.mean()} if self.target == "two" else {}
+        after = {"k_min": k.min(), "k_max": k.max()} if self.target == "channel" else {}
+        return before | {"k": k.mean()} | after
 
-# ------------------------------------------------------------------------------------------------------------
-# Theory (Sec. 3). Data x = P s fills d of D dimensions; one linear layer u^ = W z serves every t.
+# ---- Theory (Sec. 3). Data x = P s fills d of D dimensions; one linear layer u^ = W z serves every t. ------
 
 def optimal_k(d, D):
     """Theorem 3.2: the k whose optimal u-loss is least, for d-dimensional data in D dimensions, t uniform."""
@@ -179,29 +179,20 @@ def logit_normal(mean, std):
     scale = std * math.sqrt(2 * math.pi)
     return lambda t: (-((torch.logit(t) - mean) / std) ** 2 / 2).exp() / (scale * t * (1 - t))
 
-def _brackets(c, d, loss, density, tau, points=20_000):
-    """<ac+bd>, <a^2+b^2>, <bd>, <b^2>, <c^2+d^2>, <d^2> by midpoint rule: <f> = int f weight(t) p(t) dt."""
-    a = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    b = 1 - a
-    c, d = (torch.as_tensor(f(a) if callable(f) else f, dtype=torch.float64).expand(points) for f in (c, d))
-    weight = torch.as_tensor(error_scale(loss, c, d, a, tau)) ** 2                # Eq. (5)
-    p = torch.ones_like(a) if density is None else density(a)
-    mean = lambda f: (f * weight * p).mean().item()
-    return mean(a*c + b*d), mean(a*a + b*b), mean(b*d), mean(b*b), mean(c*c + d*d), mean(d*d)
-
-def equilibrium(c, d, loss="u", density=None, tau=0.0):
-    """Eq. (11): the weights (W_par, W_perp) at which training comes to rest. Arguments as in optimal_loss."""
-    ac_bd, aa_bb, bd, bb, _, _ = _brackets(c, d, loss, density, tau)
-    return ac_bd / aa_bb, bd / bb
-
-def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0):
+def optimal_loss(c, d, dim, ambient_dim, loss="u", density=torch.ones_like, tau=0.0, points=20_000):
     """Eq. (12): the least summed loss of a linear layer, for dim-dimensional data in ambient_dim dimensions.
 
     c, d        the target's coefficients, numbers or functions of t (float64 tensor in (0, 1))
-    loss, tau   as in KDiff; density: p(t) as a function of t, None for uniform times
+    loss, tau   as in KDiff; density: p(t) as a function of t, uniform by default
     """
-    ac_bd, aa_bb, bd, bb, cc_dd, dd = _brackets(c, d, loss, density, tau)
-    return dim * (cc_dd - ac_bd ** 2 / aa_bb) + (ambient_dim - dim) * (dd - bd ** 2 / bb)
+    a = (torch.arange(points, dtype=torch.float64) + 0.5) / points                # midpoint rule
+    b = 1 - a
+    c, d = (torch.as_tensor(f(a) if callable(f) else f, dtype=torch.float64).expand(points) for f in (c, d))
+    weight = density(a) * torch.as_tensor(error_scale(loss, c, d, a, tau)) ** 2   # Eq. (5)
+    mean = lambda f: (f * weight).mean().item()
+    along = mean(c*c + d*d) - mean(a*c + b*d) ** 2 / mean(a*a + b*b)
+    across = mean(d*d) - mean(b*d) ** 2 / mean(b*b)
+    return dim * along + (ambient_dim - dim) * across
 
 class Linear(nn.Module):
     """Eq. (2): u^ = W z for all t, as a network that KDiff can train; W (D, D) starts at 0."""
@@ -214,12 +205,12 @@ class Linear(nn.Module):
         """u^ like z (N, D, 1, 1); t and y play no part."""
         return (z.flatten(1) @ self.W.T).view_as(z)
 
-def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0, watch=None):
+def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0):
     """Train the linear layer and its target by gradient descent on the u-loss, t uniform.
 
     variances (D,): of the data along each axis, in units of the noise's; a plane of Theorem 3.2 is ones, then
     zeros (how the axes are turned plays no part). While k is learned the rates fall over the last half.
-    Returns (kdiff, mean loss of the last quarter summed over the D axes). watch(step, W (D, D)): each step.
+    Returns (kdiff, mean loss of the last quarter summed over the D axes).
     """
     g, D = torch.Generator().manual_seed(seed), len(variances)
     scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)
@@ -230,9 +221,7 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
     fall = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: 1.0 if kdiff.w is None else min(1.0, 2 - 2 * n / steps))
     losses = []
-    for step in range(steps):
-        if watch:
-            watch(step, kdiff.net.W.detach())
+    for _ in range(steps):
         x = scale * torch.randn(batch, D, 1, 1, generator=g)
         t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch        # uniform, one in each slot
         loss = kdiff.loss(x, None, t, torch.randn(x.shape, generator=g))
@@ -243,21 +232,16 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
         losses.append(loss.item() * D)
     return kdiff, sum(losses[-steps // 4:]) / len(losses[-steps // 4:])
 
-def plane(d, D):
-    """The variances of white data on a d-dimensional plane in D dimensions."""
-    return [1.0] * d + [0.0] * (D - d)
 
 def main():
     """Check the theorems by gradient descent and print theory beside measurement."""
     start, D = time.time(), 64
-    print("Theorem 3.2. A linear layer and k, trained together by gradient descent "
-          "on the u-loss of data P s\n")
+    print("Theorem 3.2. A linear layer and k, trained together by gradient descent on the u-loss\n")
     print("   D    d   k learned   D/(D+d)   loss reached   loss by Eq. (12)")
     for d in (64, 32, 16, 8, 1):
-        kdiff, loss = train_linear(plane(d, D))
-        k = optimal_k(d, D)
-        learned, least = kdiff.ks()["k"].item(), optimal_loss(k, k - 1, d, D)
-        print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {least:18.3f}")
+        kdiff, loss = train_linear([1.0] * d + [0.0] * (D - d))
+        k, learned = optimal_k(d, D), kdiff.ks()["k"]
+        print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {optimal_loss(k, k - 1, d, D):18.3f}")
 
     variances = torch.tensor([4, 4, 1, 0.3, 0.1, 0.01, 0, 0])
     kdiff, _ = train_linear(variances, "channel", steps=6000, k_rate=16.0)
@@ -271,16 +255,14 @@ def main():
         k = optimal_k(variances.sum().item() / sigma ** 2, len(variances))
         print(f"   noise of standard deviation {sigma:3}: learned {kdiff.ks()['k']:.3f}, theory {k:.3f}")
 
-    d = 32
-    ks = torch.linspace(0, 1, 1001, dtype=torch.float64).tolist()
-    print("\nWhat the theorem does not cover. "
-          f"The best k of the same linear layer, D = {D}, d = {d}, by Eq. (12)\n")
-    for name, loss, density, tau in (
-            ("u-loss, uniform t: Theorem 3.2", "u", None, 0.0),
-            ("v-loss, uniform t, tau 0.05", "v", None, 0.05),
+    print(f"\nWhat the theorem does not cover. The best k of the same layer, D = {D}, d = 32, by Eq. (12)\n")
+    for name, *loss in (
+            ("u-loss, uniform t: Theorem 3.2", "u", torch.ones_like, 0.0),
+            ("v-loss, uniform t, tau 0.05", "v", torch.ones_like, 0.05),
             ("v-loss, t as in pixel space (Table 4), tau 0.05", "v", logit_normal(-0.8, 0.8), 0.05),
             ("v-loss, t as in latent space (Table 4), tau 0", "v", logit_normal(0.0, 1.0), 0.0)):
-        best = min(ks[1:-1] + [1.0], key=lambda k: optimal_loss(k, k - 1, d, D, loss, density, tau))
+        ks = [n / 1000 for n in range(1, 1001)]
+        best = min(ks, key=lambda k: optimal_loss(k, k - 1, 32, D, *loss))
         print(f"    {name:50} {best:.3f}")
     print("\nA linear network that sees t reaches the v-loss s^2 / (s^2 t^2 + (1-t)^2) whatever k is: then "
           "the target matters\nonly through what a network of finite width and training can do.")

@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fid
 import model
-from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, Parser, PatchPCA, Progress, UserError, barrier,
-                  check_ranges, in_short, need, open_dataset, print0, read_in_batches, read_tensors, readable,
+from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, PatchPCA, UserError, barrier, check_ranges, checked,
+                  in_batches, in_short, need, new_parser, open_dataset, print0, read_in_batches, read_tensors,
                   run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
@@ -35,14 +35,11 @@ PUBLISHED = {
     "LightningDiT": dict(space="latent", target="v", tau=0.0, cfg=1.5, interval=(0.1, 1.0)),
 }
 
-# ------------------------------------------------------------------------------------------------------------
-# Guidance and solvers (Alg. 2)
+# ---- Guidance and solvers (Alg. 2) -------------------------------------------------------------------------
 
 def guided(kdiff, y, scale, interval):
     """velocity(z (N,C,H,W), t 0-d) of labels y (N,), guided by `scale` while interval[0] < t < interval[1].
-
-    An interval that begins at 0 holds t = 0 too. Outside it, and at scale 1, the null pass is left out.
-    """
+    An interval that begins at 0 holds t = 0 too. Outside it, and at scale 1, the null pass is left out."""
     low, high = interval
     both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
 
@@ -59,9 +56,7 @@ def guided(kdiff, y, scale, interval):
 
 def integrate(velocity, z, steps=50, solver="heun", watch=lambda z: None):
     """Solve dz/dt = velocity(z, t) from t = 0 to 1 in equal steps; "euler", or "heun" with Euler's last.
-
-    watch(z) is shown where each step begins.
-    """
+    watch(z) is shown where each step begins."""
     times = torch.linspace(0, 1, steps + 1)
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         watch(z)
@@ -71,15 +66,14 @@ def integrate(velocity, z, steps=50, solver="heun", watch=lambda z: None):
         z = z + (t_next - t) * v
     return z
 
-def precision(device, dtype=None):
-    """The dtype of autocast: as asked, or "bfloat16" on GPUs that have it in hardware, else "float32"."""
+def fastest_dtype(device):
+    """Of autocast: "bfloat16" on GPUs that have it in hardware, else "float32"."""
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return dtype or ("bfloat16" if bf16 else "float32")
+    return "bfloat16" if bf16 else "float32"
 
-def autocast(device, dtype=None):
-    """A context in which matrix products run at that precision; for float32 it does nothing."""
-    bf16 = precision(device, dtype) == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+def autocast(device, dtype):
+    """A context in which matrix products run in dtype, one of the two above."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 def compile_network(net):
     """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
@@ -90,35 +84,26 @@ def compile_network(net):
         print0(f"not compiled, which is impossible here: {in_short(error)}")
 
 @torch.no_grad()
-def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype=None, seed=0, **solve):
+def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype="float32", seed=0, **solve):
     """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]).
-
-    shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate().
-    """
+    shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate()."""
     device = next(kdiff.parameters()).device
     z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
     with autocast(device, dtype):
         x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, **solve)
     return codec.decode(x)
 
-def sample_all(kdiff, codec, shape, labels, batch_size, **how):
-    """uint8 images (N,3,H,W) of all labels (list of N), made on this process alone."""
-    return torch.cat([generate(kdiff, codec, shape, labels[i:i + batch_size],
-                               range(i, min(i + batch_size, len(labels))), **how).cpu()
-                      for i in range(0, len(labels), batch_size)])
+def generate_split(kdiff, codec, shape, labels, batch_size, rank=RANK, world=WORLD, **how):
+    """One process's part of the samples of labels (list of N), in batches (uint8 (b,3,H,W), indices (b))."""
+    mine = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
+    for indices in in_batches(mine, batch_size, "samples"):
+        yield generate(kdiff, codec, shape, [labels[i] for i in indices], indices, **how), indices
 
-def generate_split(kdiff, codec, shape, classes, n, batch_size, **how):
-    """This process's part of n samples, labels going round `classes`: (uint8 (b,3,H,W), labels, indices)."""
-    mine = range(n * RANK // WORLD, n * (RANK + 1) // WORLD)
-    progress = Progress(len(mine), "samples")
-    for i in range(0, len(mine), batch_size):
-        indices = mine[i:i + batch_size]
-        labels = [classes[j % len(classes)] for j in indices]
-        yield generate(kdiff, codec, shape, labels, indices, **how), labels, indices
-        progress(i + len(indices))
+def sample_all(*args, **how):
+    """uint8 images (N,3,H,W) as of generate_split(), all made on this process."""
+    return torch.cat([images.cpu() for images, _ in generate_split(*args, rank=0, world=1, **how)])
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints -------------------------------------------------------------------------------------------
 
 def assemble(config):
     """The untrained KDiff of a config, a dict of the settings below; UserError where they do not fit."""
@@ -126,10 +111,9 @@ def assemble(config):
     change = {"qk_norm": True} if config.get("qk_norm") else {}
     change |= {"patch_size": 1} if config.get("components") else {}            # the codec has cut the patches
     try:
-        net = model.build(config["model"], config["net_size"], config["num_classes"], config["in_channels"],
-                          **change)
-        return KDiff(net, config["target"], channels=config["in_channels"],
-                     **{key: config[key] for key in settings})
+        size, channels = config["net_size"], config["in_channels"]
+        net = model.build(config["model"], size, config["num_classes"], channels, **change)
+        return KDiff(net, config["target"], channels=channels, **{key: config[key] for key in settings})
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
 
@@ -158,8 +142,7 @@ def published_config(weights, name):
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     fits = [f"{size}/{patch}" for size, row in model.SIZES.items()
             if row[:2] == (dim, depth) and size.startswith(family)]
-    need(name or fits, "the weights are of no network known here: neither JiT nor LightningDiT "
-         "(--model names one)")
+    need(name or fits, "weights of no network known here, neither JiT nor LightningDiT (--model names one)")
     size = math.isqrt(tokens) * patch
     return dict(model=name or fits[0], net_size=size, in_channels=patches.shape[1], t_mean=0.0, t_std=1.0,
                 num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, label_drop=0.1, loss="v",
@@ -179,7 +162,7 @@ def published_weights(file, ema):
 def read_weights(path, ema=None, model=None):
     """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
     file = read_tensors(path)
-    with readable(path, "a checkpoint of ours, JiT or LightningDiT"):
+    with checked(path, "a checkpoint of ours, JiT or LightningDiT"):
         if "config" not in file or "data" not in file:
             weights, ema = published_weights(file, ema)
             config = published_config(weights, model)
@@ -198,25 +181,23 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its default
     model        the size, for published files (else found from the shapes)
     tokenizer    VA-VAE weights file; stats: latents_stats.pt, for published latent networks
-    Returns a namespace: kdiff, codec, shape (of x), classes (names), config, step, ema. UserError where one
-    does not fit.
+    Returns a namespace: kdiff, codec, shape (of x), classes (names), config, step, ema; else UserError.
     """
     config, weights, state, step, ema = read_weights(path, ema, model)
     if stats:
         values = read_tensors(stats)
-        with readable(stats, "latent statistics"):
+        with checked(stats, "latent statistics"):
             state = state | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
     need(config["space"] == "pixel" or state.get("mean") is not None,
          f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
-    with readable(path, f"a {config.get('model')} whose weights fit"):
+    with checked(path, f"a {config.get('model')} whose weights fit"):
         kdiff, codec = assemble(config), unpack_codec(state, tokenizer)
         kdiff.load_state_dict(weights)
     return SimpleNamespace(
         kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device), shape=shape_of(config),
         classes=state["classes"], config=config, step=step, ema=ema)
 
-# ------------------------------------------------------------------------------------------------------------
-# Drawing (Pillow alone)
+# ---- Drawing (Pillow alone) --------------------------------------------------------------------------------
 
 INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
 COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (120, 120, 120)]
@@ -238,10 +219,6 @@ def grid(images, names, columns):
             pen.text((8, gap + row * cell + cell // 2), names[row], INK, font, anchor="lm")
     return sheet
 
-def draw_grid(images, names, path, columns):
-    """Write the grid() of images as a PNG."""
-    write_atomically(path, grid(images, names, columns).save)
-
 def draw_paths(paths, names, out):
     """Write a GIF of the solver's way: paths holds, a row each, lists of uint8 images (N,3,H,W)."""
     frames = [grid(torch.cat(images), names, len(images[0])) for images in zip(*paths)]
@@ -250,13 +227,12 @@ def draw_paths(paths, names, out):
 
 def nearest(images, data):
     """To each of the uint8 images (N,3,H,W) the item of a dataset whose pixels are nearest: (N,3,H,W)."""
+    need(data[0][0].shape == images.shape[1:], "--nearest names latents or images of another size")
     distance, found = torch.full((len(images),), math.inf), images.clone()
-    progress, done = Progress(len(data)), 0
-    for batch, _ in read_in_batches(data, range(len(data)), 512):
+    for _, batch, _ in read_in_batches(data, range(len(data)), 512):
         d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
         found = torch.where((d < distance).view(-1, 1, 1, 1), batch[i], found)
         distance = torch.minimum(d, distance)
-        progress(done := done + len(batch))
     return found
 
 def ticks(low, high):
@@ -267,7 +243,7 @@ def ticks(low, high):
 
 def draw_curves(panels, path):
     """Write panels side by side, each (title, x label, {name: (xs, ys)}); y from 0 to 1 where that fits."""
-    W, H, left, top, bottom = 560, 380, 64, 40, 46
+    W, H, left, right, top, bottom = 560, 380, 64, 20, 40, 46
     sheet = Image.new("RGB", (W * len(panels), H), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for p, (title, x_label, curves) in enumerate(panels):
@@ -276,9 +252,7 @@ def draw_curves(panels, path):
             continue
         x0, x1 = min(xs), max(max(xs), min(xs) + 1)
         y0, y1 = min(0, min(ys)), max(max(ys), 1e-9) * 1.05
-        if y0 == 0 and 0.3 < max(ys) <= 1:
-            y1 = 1
-        right = 20
+        y1 = 1 if y0 == 0 and 0.3 < max(ys) <= 1 else y1
         px = lambda x: p * W + left + (x - x0) / (x1 - x0) * (W - left - right)
         py = lambda y: H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
         for x in ticks(x0, x1):
@@ -299,21 +273,28 @@ def draw_curves(panels, path):
         pen.text((p * W + W // 2, H - 8), x_label, INK, font, anchor="mb")
     write_atomically(path, sheet.save)
 
-def draw_k_of_channel(path, variance, k, k_of_innovation=None):
-    """What target "channel" learned, and theory: lists; variance is in units of the noise's."""
-    x = list(range(len(k)))
-    curves = {"learned": k, "1 / (1 + variance)": [k_of_direction(s) for s in variance]}
-    curves |= {"1 / (1 + innovation)": k_of_innovation} if k_of_innovation else {}
-    logs = [math.log10(max(s, 1e-9)) for s in variance]
-    draw_curves([("k of each channel", "channel", {name: (x, ys) for name, ys in curves.items()}),
-                 ("log10 of its variance / the noise's", "channel", {"": (x, logs)})], path)
+def draw_spectrum(columns, path):
+    """What target "channel" learned, beside theory, as a picture and a csv file of the same name. columns:
+    tensors (C,) "channel", "variance" (in units of the noise's), "k" and perhaps "k_of_innovation"."""
+    x, k, variance, innovation = map(columns.get, ("channel", "k", "variance", "k_of_innovation"))
+    theory = {"1 / (1 + variance)": k_of_direction(variance), "1 / (1 + innovation)": innovation}
+    curves = {name: (x.tolist(), k.tolist()) for name, k in {"learned": k, **theory}.items() if k is not None}
+    logs = {"": (x.tolist(), variance.clamp(min=1e-9).log10().tolist())}
+    draw_curves([("k of each channel", "channel", curves),
+                 ("log10 of its variance / the noise's", "channel", logs)], path)
+    rows = zip(*[[f"{value:.6g}" for value in values.tolist()] for values in columns.values()])
+    write_rows(path.with_suffix(".csv"), list(columns), [dict(zip(columns, row)) for row in rows])
+
+def read_rows(path):
+    """The rows of a csv file, each a dict."""
+    with checked(path, "a table"), open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 def read_log(run_folder, column):
     """(steps, values) of a column of a run's log.csv, rows without a value left out."""
-    with readable(run_folder, f"a run whose log.csv has a column {column!r}"), \
-            open(Path(run_folder) / "log.csv", newline="") as file:
-        rows = [(float(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
-    return [row[0] for row in rows], [row[1] for row in rows]
+    with checked(run_folder, f"a run whose log.csv has a column {column!r}"):
+        rows = [row for row in read_rows(Path(run_folder, "log.csv")) if row[column]]
+        return [float(row["step"]) for row in rows], [float(row[column]) for row in rows]
 
 def write_rows(path, columns, rows):
     """Write a csv file of rows, each a dict."""
@@ -333,73 +314,57 @@ def draw_k_of_t(kdiff, path):
     draw_curves([("k(t)", x_label, curves),
                  ("density of the times in training", x_label, {"p": (inner.tolist(), p.tolist())})], path)
 
-# ------------------------------------------------------------------------------------------------------------
-# Samples for evaluation
+# ---- Samples for evaluation --------------------------------------------------------------------------------
 
-def measure(it, path, classes, n, batch_size, how, extractor, reference, settings):
-    """Append the distance of n samples to fid.csv beside the checkpoint, unless it is there; draw fid.png.
-
-    Returns the row: settings and results. All processes take part.
-    """
+def measure(it, path, batches, extractor, reference, settings):
+    """Append the distance of samples to fid.csv beside the checkpoint, unless it is there; draw fid.png.
+    it: of load(), batches: of generate_split(), from every process, settings: what a row tells of them."""
     table, key = Path(path).with_name("fid.csv"), {name: str(value) for name, value in settings.items()}
-    rows = []
-    if table.exists():
-        with readable(table, "a table of measurements"), open(table, newline="") as file:
-            rows = list(csv.DictReader(file))
-    found = next((row for row in rows if key.items() <= row.items()), None)
+    rows = read_rows(table) if table.exists() else []
     barrier()                                                  # all have read before the first writes
-    if found:
-        print0(f"{path}: measured already, in {table}")
-        return found
-    batches = generate_split(it.kdiff, it.codec, it.shape, classes, n, batch_size, **how)
-    result = fid.evaluate(((images, indices[0]) for images, _, indices in batches), extractor, reference,
+    if any(key.items() <= row.items() for row in rows):
+        return print0(f"{path}: measured already, in {table}")
+    result = fid.evaluate(((images, indices[0]) for images, indices in batches), extractor, reference,
                           next(it.kdiff.parameters()).device)
     fid.show(result, reference, extractor.sha256, settings)
     row = key | {name: f"{result[name]:.6g}" if name in result else ""
                  for name in ("fid", "pixel_distance", "is_mean", "is_std")}
     if RANK == 0:
-        rows = [each for each in rows if list(each) == list(row)] + [row]
-        rows.sort(key=lambda each: int(each["step"]))
+        rows, curves = sorted([*rows, row], key=lambda each: int(each["step"])), {}
         write_rows(table, list(row), rows)
-        curves = {}
         for each in rows:
-            xs, ys = curves.setdefault(f"EMA {each['ema']}, CFG {each['cfg']}, n {each['n']}", ([], []))
             if each[extractor.key]:
+                xs, ys = curves.setdefault(f"EMA {each['ema']}, CFG {each['cfg']}, n {each['n']}", ([], []))
                 xs.append(int(each["step"]))
                 ys.append(float(each[extractor.key]))
         draw_curves([(extractor.key.replace("_", " "), "step", curves)], table.with_suffix(".png"))
     barrier()                                                  # until it is written
-    return row
 
-def write_samples(batches, n, size, out, settings):
-    """Write n samples of size px, made by all processes: an .npz (arr_0, arr_1, settings), or a folder."""
+def write_samples(batches, labels, size, out, settings):
+    """Write samples of `size` px, made by all processes: an .npz (arr_0, arr_1, settings), or PNGs."""
     out = Path(out)
     if out.suffix != ".npz":
         need(not out.is_dir() or not any(out.iterdir()), f"--out {out} holds files: name another folder")
         barrier()                                              # all have looked before the first writes
-        for images, labels, indices in batches:
-            for image, label, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, indices):
-                write_atomically(out / f"{i:06}_{label}.png", Image.fromarray(image).save)
-        barrier()
-        if RANK == 0:
-            write_atomically(out / "settings.json", lambda path: path.write_text(json.dumps(settings)))
+        for images, indices in batches:
+            for image, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), indices):
+                write_atomically(out / f"{i:06}_{labels[i]}.png", Image.fromarray(image).save)
         return
-    parts = {name: out.with_name(f"{out.name}.{name}.tmp.npy") for name in ("arr_0", "arr_1", "settings")}
-    files = ArrayFile(parts["arr_0"], np.uint8, (n, size, size, 3)), ArrayFile(parts["arr_1"], np.int64, (n,))
-    for images, labels, indices in batches:
-        files[0].write(indices[0], images.permute(0, 2, 3, 1).cpu().numpy())
-        files[1].write(indices[0], np.array(labels))
+    part = out.with_name(f"{out.name}.tmp.npy")                # written by all, and then put into the .npz
+    pixels = ArrayFile(part, np.uint8, (len(labels), size, size, 3))
+    for images, indices in batches:
+        pixels.write(indices[0], images.permute(0, 2, 3, 1).cpu().numpy())
     barrier()
 
     def write(temporary):
-        np.save(parts["settings"], np.array(json.dumps(settings)))
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as file:
-            for name, part in parts.items():
-                file.write(part, f"{name}.npy")
+        with zipfile.ZipFile(temporary, "w") as file:
+            file.write(part, "arr_0.npy")
+            for name, array in (("arr_1", labels), ("settings", json.dumps(settings))):
+                with file.open(f"{name}.npy", "w") as member:
+                    np.save(member, array)
+        part.unlink()
     if RANK == 0:
         write_atomically(out, write)
-        for part in parts.values():
-            part.unlink()
 
 def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""
@@ -412,16 +377,13 @@ def choose_classes(text, names):
 
 def parse():
     """The command line."""
-    parser = Parser(__doc__)
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="+",
-        help="ckpt.pt of a run, or a published file; several for --fid and --gif, folders of runs for --plot")
+    add("checkpoint", nargs="+", help="ours or published; several for --fid, --gif; for --plot runs' folders")
     add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
-    add("--n", "--samples", type=int, help="number of images; under torchrun, which claims --n, say "
-        "--samples (default: 8 a class in a grid, 50,000 for --fid)")
+    add("--n", "--samples", type=int, help="images (default: 8 a class in a grid, 50,000 for --fid)")
     add("--cfg", type=float, help="guidance scale; 1 is none (default: the checkpoint's)")
-    add("--interval", type=float, nargs=2,
-        help="times between which guidance acts (default: the checkpoint's)")
+    add("--interval", type=float, nargs=2, help="times within which guidance acts (the checkpoint's)")
     add("--steps", type=int, default=50, help="solver steps (default 50)")
     add("--solver", choices=("heun", "euler"), default="heun", help="(default heun)")
     add("--ema", help="which average of the weights, or none (default: the checkpoint's)")
@@ -432,74 +394,67 @@ def parse():
     add("--tokenizer", help="VA-VAE weights file, for latent checkpoints")
     add("--stats", help="latents_stats.pt, for published latent checkpoints")
     add("--device", help="default: cuda, else cpu")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where GPUs have it)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 if the GPU has it)")
     add("--fid", metavar="REF", help="evaluate against this reference (see fid.py)")
-    add("--features", choices=("inception", "pixels"), default="inception",
-        help="for --fid (default inception)")
+    add("--features", choices=list(fid.EXTRACTORS), default="inception", help="for --fid (default inception)")
     add("--weights", help="Inception weights file, for --fid")
     add("--nearest", metavar="DATA", help="below each sample its nearest picture of these training data")
     add("--gif", metavar="FILE", help="draw the solver's way from noise to picture, a row a checkpoint")
     add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
     args = parser.parse_args()
     check_ranges(args, n=1, steps=1, batch_size=1)
-    need(not args.out or Path(args.out).suffix in ("", ".png", ".npz"),
-         f"--out {args.out}: a .png, an .npz or a folder")
+    need(Path(args.out or "").suffix in ("", ".png", ".npz"), f"--out {args.out}: a .png, .npz or folder")
     need(not args.fid or not args.out, "--fid measures samples without writing them: leave out --out")
     need(not args.gif or args.gif.endswith(".gif") and not (args.fid or args.out),
          "--gif FILE.gif goes without --fid and --out")
     need(not args.plot or (args.out or ".png").endswith(".png"), f"--out {args.out}: a .png for --plot")
-    need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1,
-         f"{args.checkpoint[-1]}: one checkpoint at a time (several go with --fid, --gif or --plot)")
+    need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1, "one checkpoint at a time")
     return args
 
-def plot(folders, column, out):
-    """Draw a column of the log.csv of several runs into one picture."""
-    names = [Path(folder).name for folder in folders]
-    names = names if len(set(names)) == len(names) else folders
-    curves = {name: read_log(folder, column) for name, folder in zip(names, folders)}
-    draw_curves([(column, "step", curves)], out)
-    print0(f"wrote {out}")
 
 def main():
-    """Draw a grid or a GIF, write samples or measure them, as the flags say."""
-    args = parse()
+    """Draw a grid, a GIF or curves, write samples or measure them, as the flags say."""
+    args, rows = parse(), {}
     if args.plot:
-        return plot(args.checkpoint, args.plot, args.out or f"{args.plot}.png")
-    device, *_ = setup(args.device)
+        out = args.out or f"{args.plot}.png"
+        draw_curves([(args.plot, "step", {run: read_log(run, args.plot) for run in args.checkpoint})], out)
+        return print0(f"wrote {out}")
+    device = setup(args.device)
     if args.fid:
         reference = fid.load_reference(args.fid, args.features)
         extractor = fid.make_extractor(args.features, args.weights, device)
-    drawn = not args.fid and (args.out is None or args.out.endswith(".png"))          # a grid, or a GIF
-    paths = {}
+    picture = not args.fid and (args.out is None or args.out.endswith(".png"))        # a grid, or a GIF
     for path in map(Path, args.checkpoint):
         it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
         need(it.codec.decodes, f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
-        classes = choose_classes(args.classes, it.classes) if args.classes else list(range(len(it.classes)))
-        classes = classes[:8] if drawn and not args.classes else classes
+        all_or_few = range(len(it.classes))[:8 if picture else None]
+        classes = choose_classes(args.classes, it.classes) if args.classes else all_or_few
         how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
-                   interval=args.interval or it.config["interval"],
-                   steps=args.steps, solver="euler" if args.gif else args.solver, seed=args.seed,
-                   dtype=precision(device, args.dtype))
-        n = args.n or (50_000 if args.fid else 8 * len(classes) if drawn and not args.gif else len(classes))
+                   interval=args.interval or it.config["interval"], steps=args.steps,
+                   solver="euler" if args.gif else args.solver, seed=args.seed,
+                   dtype=args.dtype or fastest_dtype(device))
+        n = args.n or (50_000 if args.fid else len(classes) * (8 if picture and not args.gif else 1))
         settings = dict(checkpoint=path.name, step=it.step, ema=it.ema, model=it.config["model"],
                         net_size=it.config["net_size"], n=n, classes=args.classes or "all", **how)
-        if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
-            compile_network(it.kdiff.net)
         print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
                + " | ".join(f"{key} {value}" for key, value in how.items()))
+        if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
+            compile_network(it.kdiff.net)
         columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
         labels = [c for c in classes for _ in range(columns)]                         # whole rows
+        if not picture:
+            labels = [classes[i % len(classes)] for i in range(n)]
+            batches = generate_split(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
         if args.fid:
             del settings["steps"]                              # in a table, beside the checkpoint's step
             settings |= {"solver_steps": args.steps, "reference": args.fid}
-            measure(it, path, classes, n, args.batch_size, how, extractor, reference, settings)
-        elif not drawn:
-            size = it.shape[1] * (it.codec.tokenizer.factor if it.codec.tokenizer else 1)
-            batches = generate_split(it.kdiff, it.codec, it.shape, classes, n, args.batch_size, **how)
-            write_samples(batches, n, size, args.out, settings)
-            print0(f"wrote {args.out}: {n:,} samples")
+            measure(it, path, batches, extractor, reference, settings)
+        elif not picture:
+            size = it.shape[1] * getattr(it.codec.tokenizer, "factor", 1)
+            write_samples(batches, labels, size, out, settings)
+            print0(f"wrote {out}: {n:,} samples")
         elif RANK == 0 and args.gif:
-            row = paths[f"{path.parent.name}/{path.stem}"] = []
+            row = rows[f"{path.parent.name}/{path.stem}"] = []
             last = generate(it.kdiff, it.codec, it.shape, labels[:n], range(n), **how,
                             watch=lambda z: row.append(it.codec.decode(z).cpu()))
             row.append(last.cpu())
@@ -507,17 +462,15 @@ def main():
             images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
             names = [it.classes[c] for c in classes]
             if args.nearest:
-                data = open_dataset(args.nearest, images.shape[-1])
-                need(data[0][0].dtype == torch.uint8, f"--nearest {args.nearest}: latents, not images")
-                found = nearest(images, data)
-                rows = zip(images.split(columns), found.split(columns))
-                images = torch.cat([each for pair in rows for each in pair])
+                found = nearest(images, open_dataset(args.nearest, images.shape[-1]))
+                pairs = zip(images.split(columns), found.split(columns))
+                images = torch.cat([each for pair in pairs for each in pair])
                 names = [each for name in names for each in (name, "nearest")]
-            draw_grid(images, names, out, columns)
+            write_atomically(out, grid(images, names, columns).save)
             print0(f"wrote {out}: {len(labels)} samples")
     if args.gif and RANK == 0:
-        need(len({row[0].shape[1:] for row in paths.values()}) == 1, "--gif: checkpoints of one image size")
-        draw_paths(paths.values(), list(paths), args.gif)
+        need(len({row[0].shape[1:] for row in rows.values()}) == 1, "--gif: checkpoints of one image size")
+        draw_paths(rows.values(), list(rows), args.gif)
         print0(f"wrote {args.gif}")
 
 if __name__ == "__main__":

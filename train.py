@@ -16,6 +16,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,14 +24,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, Order, Parser, PatchPCA, UserError,
-                  barrier, check_ranges, in_short, leave, need, open_dataset, print0, read_tensors, readable,
-                  run, seed_of, setup, some_items, writable, write_atomically)
+from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, PatchPCA, barrier, check_ranges, checked,
+                  leave, need, new_parser, open_dataset, order, print0, read_tensors, run, seed_of, setup,
+                  some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
-from sample import (assemble, autocast, compile_network, draw_curves, draw_grid, draw_k_of_channel,
-                    draw_k_of_t, pack_codec, read_log, read_weights, sample_all, shape_of, unpack_codec,
-                    write_rows)
+from sample import (assemble, autocast, compile_network, draw_curves, draw_k_of_t, draw_spectrum,
+                    fastest_dtype, grid, pack_codec, read_log, read_rows, read_weights, sample_all, shape_of,
+                    unpack_codec, write_rows)
 
 TABLE_4 = {   #      latent                  pixel                   the flag's help
     "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
@@ -86,7 +87,7 @@ def train(state, codec, data, args, device):
         gradient_as_bucket_view=True)
     warmup, share = args.warmup_epochs * len(data) / args.batch_size, args.batch_size // WORLD
 
-    # draw a batch: uint8 images or latents (share, ...), labels (share,), in the order of data.Order
+    # draw a batch: uint8 images or latents (share, ...), labels (share,), in the order of data.order
     for step, (batch, labels) in enumerate(batches(data, args, state.step, device), state.step):
         # noise, t and label drop of an image follow from the step and its place in the global batch
         seeds = [seed_of(args.seed, step, n) for n in range(RANK * share, (RANK + 1) * share)]
@@ -125,7 +126,7 @@ def train(state, codec, data, args, device):
 def main():
     """Train, from the last checkpoint where there is one; log, save and show on the way."""
     args = parse()
-    device, *_ = setup(args.device)
+    device = setup(args.device)
     data, codec = open_data(args)
     config = settle(args, data, codec, device)
     torch.manual_seed(args.seed)
@@ -145,7 +146,8 @@ def main():
     if args.compile:
         compile_network(kdiff.net)
     kdiff.net.checkpointing = args.activation_checkpointing
-    asked, saved, log = stop_signals(), state.step, Log(args.out / "log.csv", state, args, data)
+    saved, log, asked = state.step, Log(args.out / "log.csv", state, args, data), []
+    on_signals(lambda number, frame: asked.append(number))
 
     for loss, norm, lr in train(state, codec, data, args, device):
         stop = agreed(asked[0] if asked else 0)            # by any process: all leave after the same step
@@ -164,22 +166,21 @@ def main():
             save(args.out / f"ckpt-{state.step:07}.pt", state, config, codec, data)
         if stop:
             barrier()                                      # until the first process has written it
-            print0(f"stopped by signal {stop} after step {state.step:,}, saved in {path}: "
-                   "the same command continues")
+            print0(f"stopped by signal {stop} after step {state.step:,}; the same command resumes {path}")
             leave(128 + stop)
         # show
-        if RANK == 0 and args.sample_every and state.step % args.sample_every == 0 and not last:
-            show(args, state, codec, data, config, last=False)
-            log.restart()                                  # not counted as training
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)              # all is saved: nothing can be lost from here on
+        if args.sample_every and state.step % args.sample_every == 0 and not last:
+            if RANK == 0:
+                show(args, state, codec, data, config, last=False)
+            barrier()                                      # what the others wait is not counted as training
+            log.restart()
+    on_signals(signal.SIG_DFL)                             # all is saved: nothing can be lost from here on
     if RANK == 0:
         written = ", ".join(map(str, show(args, state, codec, data, config, last=True)))
         print0(f"done in {timedelta(seconds=int(time.perf_counter() - log.began))}. Look at {written}; "
                f"more samples: python sample.py {path}")
 
-# ------------------------------------------------------------------------------------------------------------
-# What training changes, and its checkpoints
+# ---- What training changes, and its checkpoints ------------------------------------------------------------
 
 class State:
     """A KDiff, its optimizer, the averages of its weights at several decays, the number of steps taken."""
@@ -229,7 +230,7 @@ def resume(path, state, codec, config, args, data):
     """Load the checkpoint, if any, into the state; returns its codec. UserError, naming what differs."""
     if path.exists():
         file = read_tensors(path, mmap=state.parameters[0].is_cuda)      # many processes share one copy
-        with readable(path, "of this version", remedy="; name another --out or remove it"):
+        with checked(path, "of this version", remedy="; name another --out or remove it"):
             before = file["config"]
             for key in FIXED:
                 need(before.get(key) == config[key], f"--out {path.parent} holds a run with {key} "
@@ -247,16 +248,14 @@ def resume(path, state, codec, config, args, data):
             state.step, state.skipped = file["step"], file["skipped"]
             codec = unpack_codec(file["data"], args.tokenizer if args.tokenizer != "pca" else None)
         print0(f"resuming from {path} at step {state.step:,}")
-    need(agreed(state.step) == -agreed(-state.step),
-         f"--out {path.parent} is not the same folder on all machines: share it")
+    need(agreed(state.step) == -agreed(-state.step), f"--out {path.parent}: to be shared by all machines")
     return codec
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings: a flag, else the preset's value
+# ---- Settings: a flag, else the preset's value -------------------------------------------------------------
 
 def parse():
     """The command line over its preset. UserError for values that cannot work."""
-    parser, yes_no = Parser(__doc__), argparse.BooleanOptionalAction
+    parser, yes_no = new_parser(__doc__), argparse.BooleanOptionalAction
     add = parser.add_argument
     add("--space", choices=("pixel", "latent"), default="pixel", help="column of Table 4 (default pixel)")
     add("--data", default="shapes", help="shapes, fashion, or a path: images, latents, a packed .npy")
@@ -300,8 +299,7 @@ def parse():
     args.model = args.model or (f"JiT-S/{args.image_size // 8}" if args.preset == "small" else table4)
     need(args.model, f"--image_size {args.image_size} has no network in Table 4: "
          "try --preset small, or name one, such as --model JiT-B/16")
-    need(all(0 < decay < 1 for decay in args.ema),
-         f"--ema {' '.join(map(str, args.ema))}: decays lie between 0 and 1")
+    need(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays lie between 0 and 1")
     args.noise_scale = args.image_size / 256 if args.noise_scale is None else args.noise_scale
     end = args.target == "eps" or fixed_k(args.target) == 0               # Delta = t vanishes with t
     if args.tau is None:
@@ -327,8 +325,7 @@ def open_data(args):
     patch = args.model.rpartition("/")[2] if args.space == "pixel" else "8"
     need(patch.isdecimal() and int(patch), f"--model {args.model}: NAME/PATCH expected, such as JiT-B/16")
     patch = int(patch)
-    need(args.image_size % patch == 0,
-         f"--image_size {args.image_size} is no multiple of the patch, {patch} px")
+    need(args.image_size % patch == 0, f"--image_size {args.image_size}: no multiple of the patch, {patch}")
     images = Codec().encode(some_items(data))
     if args.space == "pixel":              # all components, orthonormal: noise stays white, nothing is lost
         codec = Codec(PatchPCA.fit(images, patch, 3 * patch ** 2))
@@ -349,8 +346,7 @@ def latent_codec(args, data):
          f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
     codec = Codec(VAVAE(args.tokenizer) if args.tokenizer else None, data.mean, data.std)
     std = codec.encode(some_items(data, 64)).std().item()
-    need(0.5 < std < 2, f"--data {args.data}: normalised latents have std {std:.2f}, not about 1: "
-         "the statistics belong to other latents")
+    need(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
     return codec
 
 def settle(args, data, codec, device):
@@ -359,22 +355,17 @@ def settle(args, data, codec, device):
     need(args.batch_size % WORLD == 0, f"--batch_size {args.batch_size} does not divide over {WORLD} "
          f"processes: try {max(share, 1) * WORLD}")
     fits = next(m for m in range(min(share, args.micro_batch or 128), 0, -1) if share % m == 0)
-    need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} does not divide the {share} "
-         f"images of a process: try {fits}")
+    need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} of {share} images: try {fits}")
     demo, cuda = args.preset == "demo", device.type == "cuda"
     defaults = {"cfg": 1.0 if len(data.classes) == 1 else 2.0,      # one class leaves nothing to guide to
                 "micro_batch": fits, "steps": max(1, round(args.epochs * len(data) / args.batch_size)),
                 "workers": 0 if demo else min(8, (os.cpu_count() or 1) // LOCAL_WORLD),
-                "compile": cuda and not demo,              # the demo would end before compiling does
+                "dtype": fastest_dtype(device), "compile": cuda and not demo,      # compiling takes a minute
                 "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if isinstance(data, Latents):
-        C, size = data.shape[:2]
-    else:
-        pca = codec.tokenizer
-        C, size = (pca.channels, args.image_size // pca.factor) if pca else (3, args.image_size)
+    C, size, _ = codec.encode(data[0][0][None])[0].shape
     faded = [decay for decay in args.ema if decay ** args.steps < 0.01]     # they have forgotten the start
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
         "net_size": size, "in_channels": C, "images": len(data), "num_classes": len(data.classes),
@@ -392,9 +383,6 @@ def describe(args, config, kdiff, data):
     print0(f"batch     {args.batch_size} = {WORLD} processes x {share // args.micro_batch} micro batches "
            f"x {args.micro_batch} images")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
-    if config["components"]:
-        print0(f"channels  the {config['in_channels']} principal components of a patch, strongest first: "
-               "the same patches in another basis")
     if float(config["ema_default"]) < max(args.ema):
         print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run "
                f"has {args.steps:,}: pictures show {config['ema_default']}; --ema sets others")
@@ -426,38 +414,26 @@ def start_from(path, kdiff, args, classes):
     source, weights, *_ = read_weights(path)
     if source["target"] != args.target:
         weights = {key: value for key, value in weights.items() if key != "w"}
-        print0(f"--init {path} predicts {source['target']}, this run {args.target}: its output is read as "
-               "another variable until training has adapted it")
+        print0(f"--init {path} predicts {source['target']}, this run {args.target}: it will have to adapt")
     if source["num_classes"] != classes:
         weights = {key: value for key, value in weights.items() if "y_embedder" not in key}
-        print0(f"--init {path} knows {source['num_classes']} classes, these data have {classes}: "
-               "the table of labels starts anew")
-    try:
+        print0(f"--init {path} knows {source['num_classes']} classes, not {classes}: the labels start anew")
+    with checked(f"--init {path}", f"a {args.model} for these data"):
         kdiff.load_state_dict(kdiff.state_dict() | weights)
-    except (RuntimeError, AttributeError) as error:
-        raise UserError(f"--init {path}: not a {args.model} for this data ({in_short(error)})") from None
 
-# ------------------------------------------------------------------------------------------------------------
-# Around the loop
+# ---- Around the loop ---------------------------------------------------------------------------------------
 
 def batches(data, args, start, device):
     """(batch, labels) of this process for the steps left, in an order that the step alone decides."""
-    order = Order(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
-    return torch.utils.data.DataLoader(
-        data, batch_sampler=order, num_workers=args.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
+    steps = order(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
+    return torch.utils.data.DataLoader(            # its processes end with this one, which saves first
+        data, batch_sampler=steps, num_workers=args.workers, pin_memory=device.type == "cuda",
+        prefetch_factor=4 if args.workers else None, worker_init_fn=partial(on_signals, signal.SIG_IGN))
 
-def ignore_signals(worker):
-    """A loading process ends with its parent, not with the signal that asks the parent to save first."""
+def on_signals(handler, worker=None):
+    """What SIGTERM and SIGINT do from now on in this process, perhaps a loading one."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-def stop_signals():
-    """The SIGTERMs and SIGINTs that have arrived since: a list that grows."""
-    arrived = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: arrived.append(number))
-    return arrived
+        signal.signal(number, handler)
 
 def agreed(number):
     """The largest of the processes' numbers, on all of them; compared on the CPU."""
@@ -468,18 +444,17 @@ def agreed(number):
 
 class Log:
     """Lines on the screen and in log.csv; a resumed run first drops the rows that it will write again."""
-    columns = ("step", "epoch", "loss", "k", "k1", "k2", "k_min", "k_max", "lr", "grad", "img_per_s",
-               "skipped")
+    columns = "step epoch loss k k1 k2 k_min k_max lr grad img_per_s skipped".split()
 
     def __init__(self, path, state, args, data):
         self.path, self.state, self.args, self.per_epoch = path, state, args, len(data) / args.batch_size
         self.on_cpu = state.parameters[0].device.type == "cpu"
         self.first, self.began = state.step, time.perf_counter()
-        self.bad_in_a_row, self.good, rows = 0, [], []
+        self.bad_in_a_row, self.good = 0, []
         self.restart()
-        if state.step and path.exists():
-            with readable(path, "a log that can be continued"), open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= state.step]
+        with checked(path, "a log that can be continued"):
+            rows = read_rows(path) if state.step and path.exists() else []
+            rows = [row for row in rows if int(row["step"]) <= state.step]
         barrier()                                          # all have read before the first writes
         if RANK == 0:
             write_rows(path, self.columns, rows)
@@ -491,12 +466,10 @@ class Log:
 
     def add(self, loss, norm):
         """Take note of a step; its norm is not finite where it was skipped. Watch the machine."""
-        if math.isfinite(norm):
-            self.bad_in_a_row = 0
-            self.good.append((loss, norm))
-        else:
-            self.bad_in_a_row += 1
-            self.state.skipped += 1
+        bad = not math.isfinite(norm)
+        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
+        self.state.skipped += bad
+        self.good += [] if bad else [(loss, norm)]
         now, threads = (time.perf_counter(), time.process_time()), torch.get_num_threads()
         wall, used = (b - a for a, b in zip(self.watched, now))
         if self.on_cpu and threads > 1 and wall > 2:       # threads spin while they wait for one another
@@ -508,10 +481,10 @@ class Log:
     def write(self, lr):
         """The mean of the steps since the last line, over all processes."""
         state, args, now = self.state, self.args, time.perf_counter()
-        sums = torch.tensor([*map(sum, zip(*self.good)), len(self.good)] if self.good else [math.nan] * 3)
+        means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
         if WORLD > 1:
-            dist.all_reduce(sums)
-        loss, grad = (sums[:2] / sums[2]).tolist()
+            dist.all_reduce(means)                         # of as many steps on each process
+        loss, grad = means.tolist()
         speed = (state.step - self.logged) * args.batch_size / (now - self.ticked)
         left = (now - self.began) / (state.step - self.first) * (args.steps - state.step)
         ks = {name: k.item() for name, k in state.kdiff.ks().items()}
@@ -519,19 +492,16 @@ class Log:
                f"loss {loss:.4f} | " + " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
                + f" | lr {lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {timedelta(seconds=int(left))}"
                + (f" | skipped {state.skipped}" if state.skipped else ""))
-        if "k1" in ks:
-            ks["k"] = ks["k1"] / (ks["k1"] + ks["k2"])
+        row = dict(step=state.step, epoch=state.step / self.per_epoch, loss=loss, lr=lr, grad=grad,
+                   img_per_s=speed, skipped=state.skipped, **ks)
         if RANK == 0:
-            row = dict(step=state.step, epoch=f"{state.step / self.per_epoch:.4f}", loss=f"{loss:.6g}",
-                       lr=f"{lr:.6g}", grad=f"{grad:.6g}", img_per_s=f"{speed:.1f}", skipped=state.skipped,
-                       **{name: f"{k:.6f}" for name, k in ks.items()})
-            with writable(self.path), open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            with checked(self.path, "written"), open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow({key: f"{row[key]:.8g}" for key in row})
         self.good, self.logged, self.ticked = [], state.step, now
 
 def show(args, state, codec, data, config, last):
-    """Draw samples of the default average, the curves of the log, k(t) or k's spectrum: returns the paths."""
-    written, kdiff = [], state.kdiff
+    """Draw samples of the default average, curves of the log, k(t) or k's spectrum; returns their paths."""
+    written, kdiff, out = [], state.kdiff, args.out
     if args.samples and codec.decodes:
         rows = min(8, len(data.classes), args.samples)
         columns = -(-args.samples // rows)
@@ -539,27 +509,22 @@ def show(args, state, codec, data, config, last):
         with state.averaged(config["ema_default"]):
             images = sample_all(kdiff, codec, shape_of(config), labels, 64, cfg=args.cfg,
                                 interval=args.interval, steps=args.sample_steps, dtype=args.dtype)
-        written.append(args.out / ("samples.png" if last else f"samples-{state.step:07}.png"))
-        draw_grid(images, data.classes[:rows], written[-1], columns)
-    panels = [("loss",), ("k1", "k2") if args.target == "two" else ("k",)]
-    written.append(args.out / "curves.png")
-    draw_curves([(" and ".join(names), "step", {name: read_log(args.out, name) for name in names})
-                 for names in panels], written[-1])
+        written.append(out / ("samples.png" if last else f"samples-{state.step:07}.png"))
+        write_atomically(written[-1], grid(images, data.classes[:rows], columns).save)
+    written.append(out / "curves.png")
+    draw_curves([(", ".join(names), "step", {name: read_log(out, name) for name in names})
+                 for names in (["loss"], [*kdiff.ks()])], written[-1])
     if args.target in ("time", "edm"):
-        written.append(args.out / "k_of_t.png")
+        written.append(out / "k_of_t.png")
         draw_k_of_t(kdiff, written[-1])
     if args.target == "channel":
-        written.append(args.out / "k_of_channel.png")
+        written.append(out / "k_of_channel.png")
         x = codec.encode(some_items(data, 16384).to(kdiff.w.device)).cpu()
-        ks = torch.sigmoid(kdiff.w.detach()).cpu()
-        spectrum = {"variance": x.var((0, 2, 3)) / args.noise_scale ** 2, "k": ks.flatten()}
+        spectrum = {"channel": torch.arange(x.shape[1]), "variance": x.var((0, 2, 3)) / args.noise_scale ** 2,
+                    "k": torch.sigmoid(kdiff.w.detach()).cpu().flatten()}
         if x[0].numel() <= 4096 and last:                  # an eigenvalue problem of that size: seconds
             spectrum["k_of_innovation"] = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale)
-        spectrum = {name: values.tolist() for name, values in spectrum.items()}
-        write_rows(written[-1].with_suffix(".csv"), ("channel", *spectrum),
-                   [{"channel": i} | {name: f"{values[i]:.6g}" for name, values in spectrum.items()}
-                    for i in range(x.shape[1])])
-        draw_k_of_channel(written[-1], **spectrum)
+        draw_spectrum(spectrum, written[-1])
     return written
 
 if __name__ == "__main__":
