@@ -184,12 +184,11 @@ class ImageFolder(Dataset):
         paths = [os.path.relpath(path, folder) for path in list_images(folder)]
         own = os.path.basename(os.path.abspath(folder))
         names = [path.split(os.sep)[0] if os.sep in path else own for path in paths]
-        self.classes = sorted(set(names))
+        self.classes, self.labels = np.unique(names, return_inverse=True)
+        self.classes = self.classes.tolist()
         for entry in os.scandir(folder):
             need(not entry.is_dir() or entry.name.startswith((".", "__")) or entry.name in self.classes,
                  f"{entry.path}: a class folder without images; fill or remove it")
-        index = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([index[name] for name in names])
         self.paths = np.array([os.fsencode(path) for path in paths])   # one block, which forked workers share
         self.n = len(paths)
 
@@ -282,18 +281,15 @@ class Latents(Dataset):
             meta = statistics = read_json(folder / "meta.json")
             self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
         for path, part in zip(shards or [folder], self.parts):
-            missing, shape = set(names) - set(part), part.get("latents", np.empty(0)).shape
-            need(not missing, f"{path}: holds no {' or '.join(missing)}")
-            need(len(shape) == 4 and shape == part["latents_flip"].shape and shape[:1] == part["labels"].shape
-                 and shape[1:] == self.parts[0]["latents"].shape[1:],
-                 f"{path}: latents, latents_flip and labels do not fit together or the other shards")
+            with checked(path, "latents, latents_flip and labels that fit together and the other shards"):
+                (n, *shape), flipped, labels = (part[name].shape for name in names)
+                C, h, w = self.shape = self.parts[0]["latents"].shape[1:]
+                if not (n and labels == (n,) and flipped == (n, *shape) == (n, C, h, w)):
+                    raise ValueError("their shapes differ")
         self.starts = np.cumsum([0] + [len(part["labels"]) for part in self.parts])
         self.n = int(self.starts[-1])
-        need(self.n, f"{folder}: holds no latents")
-        self.shape = self.parts[0]["latents"].shape[1:]
-        with checked(folder, "whole", reason=f"no mean and std of its {self.shape[0]} channels "
-                      "in latents_stats.pt or meta.json"):
-            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, self.shape[0], 1, 1)
+        with checked(folder, "whole", f"its {C} channels need a mean and std each"):
+            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, C, 1, 1)
                                    for key in ("mean", "std"))
         self.classes = class_names(meta, np.concatenate([part["labels"] for part in self.parts]), folder)
 
@@ -655,6 +651,7 @@ def run(main):
     except KeyboardInterrupt:
         leave(130)
     except (UserError, RuntimeError, OSError, EOFError) as error:
+        end_workers()                                             # first: torch's handler would raise again
         if LOCAL_RANK == 0 or type(error) is not UserError:
             print("error:", explain(error), file=sys.stderr, flush=True)
         leave(2)

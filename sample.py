@@ -446,9 +446,7 @@ def main():
             labels = [classes[i % len(classes)] for i in range(n)]
             batches = generate_split(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
         if args.fid:
-            del settings["steps"]                              # in a table, beside the checkpoint's step
-            settings |= {"solver_steps": args.steps, "reference": args.fid}
-            measure(it, path, batches, extractor, reference, settings)
+            measure(it, path, batches, extractor, reference, settings | {"reference": args.fid})
         elif not picture:
             size = it.shape[1] * getattr(it.codec.tokenizer, "factor", 1)
             write_samples(batches, labels, size, out, settings)
@@ -462,9 +460,8 @@ def main():
             images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
             names = [it.classes[c] for c in classes]
             if args.nearest:
-                found = nearest(images, open_dataset(args.nearest, images.shape[-1]))
-                pairs = zip(images.split(columns), found.split(columns))
-                images = torch.cat([each for pair in pairs for each in pair])
+                both = images, nearest(images, open_dataset(args.nearest, images.shape[-1]))
+                images = torch.stack([each.unflatten(0, (-1, columns)) for each in both], 1).flatten(0, 2)
                 names = [each for name in names for each in (name, "nearest")]
             write_atomically(out, grid(images, names, columns).save)
             print0(f"wrote {out}: {len(labels)} samples")

@@ -588,7 +588,7 @@ def test_safetensors_are_read_and_what_does_not_fit_is_named(tmp_path):
     for change in ({"latents_flip": latents[:, :3]}, {"labels": np.arange(4)},
                    {"latents": latents[:, :3], "latents_flip": latents[:, :3]}):
         save_safetensors(tmp_path, parts | change, second)
-        pytest.raises(UserError, Latents, tmp_path).match("shard001.*do not fit together or the other shards")
+        pytest.raises(UserError, Latents, tmp_path).match("shard001.*fit together and the other shards")
     save_safetensors(tmp_path, parts, second)
     (tmp_path / "latents_stats.pt").unlink()
     pytest.raises(UserError, Latents, tmp_path).match("latents_stats.pt: not readable .no such file")

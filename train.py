@@ -374,14 +374,11 @@ def settle(args, data, codec, device):
 
 def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to; warn where they cannot work."""
-    share, per_epoch = args.batch_size // WORLD, len(data) / args.batch_size
+    params, per_epoch = sum(p.numel() for p in kdiff.net.parameters()), len(data) / args.batch_size
     print0("settings  " + "  ".join(f"{key}={value}" for key, value in config.items() if value is not None
                                     and key not in ("out", "steps", "epochs", "dry_run")))
-    params = sum(p.numel() for p in kdiff.net.parameters())
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
            f"{gmacs(kdiff.net, shape_of(config)):.2f} billion multiply-adds an image and forward")
-    print0(f"batch     {args.batch_size} = {WORLD} processes x {share // args.micro_batch} micro batches "
-           f"x {args.micro_batch} images")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     if float(config["ema_default"]) < max(args.ema):
         print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run "
