@@ -411,7 +411,6 @@ def parse():
     need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1, "one checkpoint at a time")
     return args
 
-
 def main():
     """Draw a grid, a GIF or curves, write samples or measure them, as the flags say."""
     args, rows = parse(), {}
