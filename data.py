@@ -61,9 +61,9 @@ class Shapes(Dataset):
             np.maximum(abs(x), abs(y)) - 1, np.minimum(abs(x), abs(y)) - 0.28),
         "star": lambda x, y, r: r * np.sin(0.4 + abs(           # folded to one line, from a tip to a notch
             (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)) - 1.1 * np.sin(0.4),
-        "ellipse": lambda x, y, r: (level := np.hypot(x / 1.1, y / 0.5)) * (level - 1) / np.hypot(
+        "ellipse": lambda x, y, r: ((x / 1.1) ** 2 + (y / 0.5) ** 2 - np.hypot(x / 1.1, y / 0.5)) / np.hypot(
             x / 1.1 ** 2, y / 0.5 ** 2).clip(1e-9),
-        "moon": lambda x, y, r: np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y)),      # a disc without one
+        "moon": lambda x, y, r: np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y)),  # a disc without another
     }
     classes = list(outlines)
 
@@ -72,9 +72,8 @@ class Shapes(Dataset):
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
 
     def item(self, i, flip=False):
-        return self.draw(i), i % 8
+        return (self.kept if self.image_size <= 64 else self.draw)(i), i % 8
 
-    @functools.lru_cache(6_400)                                       # drawn once and kept
     def draw(self, i):
         """The image itself, uint8 (3, H, W), from the factors of item i."""
         place_x, place_y, size, angle, hue = self.factors[i]
@@ -89,6 +88,7 @@ class Shapes(Dataset):
         colour = 0.15 + 0.85 * np.clip(np.abs(sector - 3) - 1, 0, 1)
         rgb = 0.06 + (colour[:, None, None] - 0.06) * inside
         return torch.from_numpy((rgb * 255 + 0.5).astype(np.uint8))
+    kept = functools.lru_cache(6_400)(draw)                           # small ones are drawn once
 
 class Fashion(Dataset):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes in grey.
@@ -200,8 +200,8 @@ class ImageFolder(Dataset):
 def class_names(meta, labels, path):
     """The names of classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
     low, high = int(labels.min()), int(labels.max())
-    with checked(path, "a dataset whose classes have names"):
-        names = [str(name) for name in meta.get("classes") or range(min(high + 1, 1_000_000))]
+    names = meta.get("classes") or [str(i) for i in range(min(high + 1, 1_000_000))]
+    need(type(names) is list and {*map(type, names)} == {str}, f"{path}: its class names are no list")
     need(0 <= low and high < len(names), f"{path}: labels {low} to {high}, not of its {len(names)} classes")
     return names
 
@@ -215,8 +215,10 @@ class Packed(Dataset):
     def __init__(self, path):
         self.records = open_array(path)
         self.n, kind, self.flips = len(self.records), self.records.dtype, True
-        self.image_size = kind["image"].shape[-1] if "image" in (kind.names or ()) else 0
-        need(self.n and kind == record(self.image_size), f"{path}: no images packed by `python data.py pack`")
+        with checked(path, "packed by `python data.py pack`"):
+            self.image_size = kind["image"].shape[2]
+            if not self.n or self.records.ndim > 1 or kind != record(self.image_size):
+                raise ValueError("no images, or other columns")
         meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
         self.classes = class_names(meta, self.records["label"], path)
 
@@ -234,12 +236,12 @@ def open_array(path):
     """A .npy file as a Map; FileError where it is damaged."""
     with checked(path, "a readable array"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        need(array.ndim and array.offset + array.nbytes == os.path.getsize(path),
-             f"{path}: its size is not what its header says")
+        need(isinstance(array, np.memmap) and array.ndim, f"{path}: not one array in a .npy file")
+        need(array.offset + array.nbytes == os.path.getsize(path), f"{path}: not of the size its header says")
         return array.view(Map)
 
 def open_safetensors(path):
-    """{name: Map} of a .safetensors file; FileError for anything that is not whole."""
+    """{name: Map} of a .safetensors file; FileError where it is cut or damaged."""
     kinds, arrays = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}, {}
     with checked(path, "a readable safetensors file"), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -255,7 +257,7 @@ def open_safetensors(path):
 def read_json(path):
     """A JSON file's content, a dict; FileError where it is damaged."""
     with checked(path, "readable JSON"):
-        return dict(json.loads(Path(path).read_text()))
+        return json.loads(Path(path).read_text()) | {}                # no list, nor a number
 
 def read_tensors(path, mmap=False):
     """A torch file read as data: nothing in it is executed. FileError where it is damaged or holds more.
@@ -285,7 +287,7 @@ class Latents(Dataset):
                 (n, *shape), flipped, labels = (part[name].shape for name in names)
                 C, h, w = self.shape = self.parts[0]["latents"].shape[1:]
                 if not (n and labels == (n,) and flipped == (n, *shape) == (n, C, h, w)):
-                    raise ValueError("their shapes differ")
+                    raise ValueError("empty, or of other shapes")
         self.starts = np.cumsum([0] + [len(part["labels"]) for part in self.parts])
         self.n = int(self.starts[-1])
         with checked(folder, "whole", f"its {C} channels need a mean and std each"):
@@ -455,12 +457,12 @@ def pack(source, image_size, out):
             records = np.empty(len(labels), record(image_size))
             records["image"], records["label"] = images, labels
             array.write(indices[0], records)
-    write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps({"classes": data.classes})))
+        write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps({"classes": data.classes})))
     write_atomically(out, write)
     print0(f"wrote {out}: {len(data):,} images of {image_size} px; train with --data {out}")
 
 @torch.no_grad()
-def encode(source, tokenizer, image_size, out, batch_size=32, seed=0):
+def encode(source, tokenizer, image_size, out, batch_size=32):
     """Write VA-VAE latents of every image and its mirror image, labels, statistics; processes share the work.
     meta.json is written last: a folder without it is half-written, and is not taken for a whole one."""
     data, out, factor = open_dataset(source, image_size), Path(out), tokenizer.factor
@@ -475,7 +477,7 @@ def encode(source, tokenizer, image_size, out, batch_size=32, seed=0):
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
     for indices, images, labels in read_in_batches(data, mine, batch_size):
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
-            noise = seeded_normal(shape[1:], [seed_of(seed, name, i) for i in indices], device)
+            noise = seeded_normal(shape[1:], [seed_of(0, name, i) for i in indices], device)
             latents = tokenizer.encode(Codec().encode(batch.to(device)), noise).cpu()
             files[name].write(indices[0], latents.half().numpy())
             flat = latents.double().transpose(0, 1).flatten(1)
@@ -483,10 +485,9 @@ def encode(source, tokenizer, image_size, out, batch_size=32, seed=0):
         files["labels"].write(indices[0], np.array(labels))
     if WORLD > 1:
         dist.all_reduce(sums)
-    mean = sums[0] / sums[2]
-    std = (sums[1] / sums[2] - mean ** 2).clamp(min=0).sqrt()
-    meta = {"n": len(data), "image_size": image_size, "classes": data.classes,
-            "mean": mean.tolist(), "std": std.tolist()}
+    mean, square = sums[:2] / sums[2]
+    meta = {"n": len(data), "image_size": image_size, "classes": data.classes, "mean": mean.tolist(),
+            "std": (square - mean ** 2).clamp(min=0).sqrt().tolist()}
     if RANK == 0:
         write_atomically(out / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta)))
     barrier()

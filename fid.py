@@ -342,6 +342,8 @@ def main():
         reference = open_images(args.make_ref, range(len(data)), lambda i: data[i][0])
     else:
         samples, reference = (open_source(path, args.features) for path in (args.samples, args.reference))
+        need(None in (samples.size, reference.size) or samples.size == reference.size,
+             f"{args.reference}: height and width {reference.size}, {args.samples} {samples.size}")
         if not samples.read and not reference.read:
             distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
             return show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, samples.weights)

@@ -45,7 +45,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.q_norm, self.k_norm = (RMSNorm(dim // heads) if qk_norm else nn.Identity() for _ in "qk")
+        self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, rope):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)   # each (N, T, heads, h)
@@ -111,10 +112,8 @@ class FinalLayer(nn.Module):
 
 class Transformer(nn.Module):
     """What JiT and DiT share: everything but x_embedder, which makes a token of each patch.
-
     forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). With `checkpointing` set, the
-    backward pass computes each block's activations again. ValueError where a size does not fit.
-    """
+    backward pass computes each block's activations again. ValueError where a size does not fit."""
 
     def __init__(self, *, image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm=False,
                  dropout=0.0, context_tokens=0, context_start=0):

@@ -69,8 +69,7 @@ class KDiff(nn.Module):
     t_mean, t_std, noise_scale, tau, label_drop      Table 4 (in train.py)
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     ValueError for an unknown target or loss, for target "two" with loss "u" (k1 = k2 = 0 would win), and for
-    "channel" and "asym" without channels.
-    """
+    "channel" and "asym" without channels."""
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
                  label_drop=0.1, loss="v", channels=None):
@@ -148,8 +147,7 @@ def k_of_direction(variance):
 
     A linear layer costs an axis s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2), whose slope is
     ((1 + s^2) k - 1) / 2: noise is to be predicted where data are strong, data where they are weak. Summed
-    over D axes with one common k the slope vanishes at D / (D + trace S): Theorem 3.2 with trace S for d.
-    """
+    over D axes with one common k the slope vanishes at D / (D + trace S): Theorem 3.2 with trace S for d."""
     return 1 / (1 + variance)
 
 def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
@@ -160,8 +158,7 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
     by a linear regression on all other coordinates, seen as z/t = x + (1-t)/t e. With s the noise's scale the
     slope of <(r k^2 + s^2 (1-k)^2) / Delta^2> vanishes at k = 1 / (1 + rho), where
     rho = <r t / Delta^3> / (s^2 <(1-t) / Delta^3>). Without a picture around, r is the variance; under the
-    u-loss Delta drops out and k_of_direction() is left.
-    """
+    u-loss Delta drops out and k_of_direction() is left."""
     values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T.double()))       # of all C H W coordinates
     quantiles = (torch.arange(points, device=x.device).double() + 0.5) / points
     t = torch.sigmoid(t_mean + t_std * torch.special.ndtri(quantiles))[:, None]
@@ -181,10 +178,8 @@ def logit_normal(mean, std):
 
 def optimal_loss(c, d, dim, ambient_dim, loss="u", density=torch.ones_like, tau=0.0, points=20_000):
     """Eq. (12): the least summed loss of a linear layer, for dim-dimensional data in ambient_dim dimensions.
-
     c, d        the target's coefficients, numbers or functions of t (float64 tensor in (0, 1))
-    loss, tau   as in KDiff; density: p(t) as a function of t, uniform by default
-    """
+    loss, tau   as in KDiff; density: p(t) as a function of t, uniform by default"""
     a = (torch.arange(points, dtype=torch.float64) + 0.5) / points                # midpoint rule
     b = 1 - a
     c, d = (torch.as_tensor(f(a) if callable(f) else f, dtype=torch.float64).expand(points) for f in (c, d))
@@ -207,11 +202,9 @@ class Linear(nn.Module):
 
 def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0):
     """Train the linear layer and its target by gradient descent on the u-loss, t uniform.
-
     variances (D,): of the data along each axis, in units of the noise's; a plane of Theorem 3.2 is ones, then
     zeros (how the axes are turned plays no part). While k is learned the rates fall over the last half.
-    Returns (kdiff, mean loss of the last quarter summed over the D axes).
-    """
+    Returns (kdiff, mean loss of the last quarter summed over the D axes)."""
     g, D = torch.Generator().manual_seed(seed), len(variances)
     scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)
     kdiff = KDiff(Linear(D), target, num_classes=0, loss="u", channels=D)
@@ -231,7 +224,6 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
         fall.step()
         losses.append(loss.item() * D)
     return kdiff, sum(losses[-steps // 4:]) / len(losses[-steps // 4:])
-
 
 def main():
     """Check the theorems by gradient descent and print theory beside measurement."""
@@ -256,13 +248,13 @@ def main():
         print(f"   noise of standard deviation {sigma:3}: learned {kdiff.ks()['k']:.3f}, theory {k:.3f}")
 
     print(f"\nWhat the theorem does not cover. The best k of the same layer, D = {D}, d = 32, by Eq. (12)\n")
-    for name, *loss in (
+    ks = [n / 1000 for n in range(1, 1001)]
+    for name, *how in (
             ("u-loss, uniform t: Theorem 3.2", "u", torch.ones_like, 0.0),
             ("v-loss, uniform t, tau 0.05", "v", torch.ones_like, 0.05),
             ("v-loss, t as in pixel space (Table 4), tau 0.05", "v", logit_normal(-0.8, 0.8), 0.05),
             ("v-loss, t as in latent space (Table 4), tau 0", "v", logit_normal(0.0, 1.0), 0.0)):
-        ks = [n / 1000 for n in range(1, 1001)]
-        best = min(ks, key=lambda k: optimal_loss(k, k - 1, 32, D, *loss))
+        best = min(ks, key=lambda k: optimal_loss(k, k - 1, 32, D, *how))
         print(f"    {name:50} {best:.3f}")
     print("\nA linear network that sees t reaches the v-loss s^2 / (s^2 t^2 + (1-t)^2) whatever k is: then "
           "the target matters\nonly through what a network of finite width and training can do.")

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,9 +70,6 @@ def fastest_dtype(device):
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if bf16 else "float32"
 
-def autocast(device, dtype):
-    """A context in which matrix products run in dtype, one of the two above."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 def compile_network(net):
     """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
@@ -89,7 +85,7 @@ def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype="float32
     shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate()."""
     device = next(kdiff.parameters()).device
     z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
-    with autocast(device, dtype):
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, **solve)
     return codec.decode(x)
 
@@ -167,7 +163,7 @@ def read_weights(path, ema=None, model=None):
             weights, ema = published_weights(file, ema)
             config = published_config(weights, model)
             state = {"classes": [str(i) for i in range(config["num_classes"])]}
-            return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch"), ema
+            return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch", 0), ema
         config, state, ema = file["config"], file["data"], ema or file["config"]["ema_default"]
         if not {"cfg", "interval", "space", "net_size"} <= set(config) or type(state["classes"]) is not list:
             raise ValueError("its config is of another version")
@@ -177,12 +173,10 @@ def read_weights(path, ema=None, model=None):
 
 def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     """Open a checkpoint of ours or a published one, ready to sample.
-
     ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its default
     model        the size, for published files (else found from the shapes)
     tokenizer    VA-VAE weights file; stats: latents_stats.pt, for published latent networks
-    Returns a namespace: kdiff, codec, shape (of x), classes (names), config, step, ema; else UserError.
-    """
+    Returns a namespace: kdiff, codec, shape (of x), classes (names), config, step, ema; else UserError."""
     config, weights, state, step, ema = read_weights(path, ema, model)
     if stats:
         values = read_tensors(stats)
@@ -227,7 +221,6 @@ def draw_paths(paths, names, out):
 
 def nearest(images, data):
     """To each of the uint8 images (N,3,H,W) the item of a dataset whose pixels are nearest: (N,3,H,W)."""
-    need(data[0][0].shape == images.shape[1:], "--nearest names latents or images of another size")
     distance, found = torch.full((len(images),), math.inf), images.clone()
     for _, batch, _ in read_in_batches(data, range(len(data)), 512):
         d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
@@ -278,7 +271,8 @@ def draw_spectrum(columns, path):
     tensors (C,) "channel", "variance" (in units of the noise's), "k" and perhaps "k_of_innovation"."""
     x, k, variance, innovation = map(columns.get, ("channel", "k", "variance", "k_of_innovation"))
     theory = {"1 / (1 + variance)": k_of_direction(variance), "1 / (1 + innovation)": innovation}
-    curves = {name: (x.tolist(), k.tolist()) for name, k in {"learned": k, **theory}.items() if k is not None}
+    curves = {"learned": k, **theory}
+    curves = {name: (x.tolist(), ks.tolist()) for name, ks in curves.items() if ks is not None}
     logs = {"": (x.tolist(), variance.clamp(min=1e-9).log10().tolist())}
     draw_curves([("k of each channel", "channel", curves),
                  ("log10 of its variance / the noise's", "channel", logs)], path)
@@ -320,15 +314,16 @@ def measure(it, path, batches, extractor, reference, settings):
     """Append the distance of samples to fid.csv beside the checkpoint, unless it is there; draw fid.png.
     it: of load(), batches: of generate_split(), from every process, settings: what a row tells of them."""
     table, key = Path(path).with_name("fid.csv"), {name: str(value) for name, value in settings.items()}
-    rows = read_rows(table) if table.exists() else []
+    rows, found = read_rows(table) if table.exists() else [], ["fid", "pixel_distance", "is_mean", "is_std"]
+    need(all(list(row) == [*key, *found] and str(row["step"]).isdecimal() for row in rows),
+         f"{table}: not a table of these measurements; move it away")
     barrier()                                                  # all have read before the first writes
     if any(key.items() <= row.items() for row in rows):
         return print0(f"{path}: measured already, in {table}")
     result = fid.evaluate(((images, indices[0]) for images, indices in batches), extractor, reference,
                           next(it.kdiff.parameters()).device)
     fid.show(result, reference, extractor.sha256, settings)
-    row = key | {name: f"{result[name]:.6g}" if name in result else ""
-                 for name in ("fid", "pixel_distance", "is_mean", "is_std")}
+    row = key | {name: f"{result[name]:.6g}" if name in result else "" for name in found}
     if RANK == 0:
         rows, curves = sorted([*rows, row], key=lambda each: int(each["step"])), {}
         write_rows(table, list(row), rows)
@@ -362,9 +357,9 @@ def write_samples(batches, labels, size, out, settings):
             for name, array in (("arr_1", labels), ("settings", json.dumps(settings))):
                 with file.open(f"{name}.npy", "w") as member:
                     np.save(member, array)
-        part.unlink()
     if RANK == 0:
         write_atomically(out, write)
+        part.unlink()
 
 def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""
@@ -408,15 +403,17 @@ def parse():
     need(not args.gif or args.gif.endswith(".gif") and not (args.fid or args.out),
          "--gif FILE.gif goes without --fid and --out")
     need(not args.plot or (args.out or ".png").endswith(".png"), f"--out {args.out}: a .png for --plot")
-    need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1, "one checkpoint at a time")
+    need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1,
+         f"{args.checkpoint[-1]}: one checkpoint at a time, but for --fid, --gif and --plot")
     return args
 
 def main():
     """Draw a grid, a GIF or curves, write samples or measure them, as the flags say."""
-    args, rows = parse(), {}
+    args, ways = parse(), {}
     if args.plot:
         out = args.out or f"{args.plot}.png"
-        draw_curves([(args.plot, "step", {run: read_log(run, args.plot) for run in args.checkpoint})], out)
+        curves = {"/".join(Path(run).parts[-2:]): read_log(run, args.plot) for run in args.checkpoint}
+        draw_curves([(args.plot, "step", curves)], out)
         return print0(f"wrote {out}")
     device = setup(args.device)
     if args.fid:
@@ -426,8 +423,8 @@ def main():
     for path in map(Path, args.checkpoint):
         it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
         need(it.codec.decodes, f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
-        all_or_few = range(len(it.classes))[:8 if picture else None]
-        classes = choose_classes(args.classes, it.classes) if args.classes else all_or_few
+        classes = range(len(it.classes))[:8 if picture else None]
+        classes = choose_classes(args.classes, it.classes) if args.classes else classes
         how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
                    interval=args.interval or it.config["interval"], steps=args.steps,
                    solver="euler" if args.gif else args.solver, seed=args.seed,
@@ -445,28 +442,31 @@ def main():
             labels = [classes[i % len(classes)] for i in range(n)]
             batches = generate_split(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
         if args.fid:
-            measure(it, path, batches, extractor, reference, settings | {"reference": args.fid})
+            settings |= {"solver_steps": settings.pop("steps"), "reference": args.fid}
+            measure(it, path, batches, extractor, reference, settings)
         elif not picture:
             size = it.shape[1] * getattr(it.codec.tokenizer, "factor", 1)
             write_samples(batches, labels, size, out, settings)
             print0(f"wrote {out}: {n:,} samples")
         elif RANK == 0 and args.gif:
-            row = rows[f"{path.parent.name}/{path.stem}"] = []
+            way = ways[f"{path.parent.name}/{path.stem}"] = []
             last = generate(it.kdiff, it.codec, it.shape, labels[:n], range(n), **how,
-                            watch=lambda z: row.append(it.codec.decode(z).cpu()))
-            row.append(last.cpu())
+                            watch=lambda z: way.append(it.codec.decode(z).cpu()))
+            way.append(last.cpu())
         elif RANK == 0:
             images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
             names = [it.classes[c] for c in classes]
             if args.nearest:
-                both = images, nearest(images, open_dataset(args.nearest, images.shape[-1]))
+                data = open_dataset(args.nearest, images.shape[-1])
+                need(data[0][0].dtype == torch.uint8, f"--nearest {args.nearest}: latents, not images")
+                both = images, nearest(images, data)
                 images = torch.stack([each.unflatten(0, (-1, columns)) for each in both], 1).flatten(0, 2)
                 names = [each for name in names for each in (name, "nearest")]
             write_atomically(out, grid(images, names, columns).save)
             print0(f"wrote {out}: {len(labels)} samples")
     if args.gif and RANK == 0:
-        need(len({row[0].shape[1:] for row in rows.values()}) == 1, "--gif: checkpoints of one image size")
-        draw_paths(rows.values(), list(rows), args.gif)
+        need(len({way[0].shape[1:] for way in ways.values()}) == 1, "--gif: checkpoints of one image size")
+        draw_paths(ways.values(), list(ways), args.gif)
         print0(f"wrote {args.gif}")
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 import argparse
 import colorsys
 import copy
-import csv
 import gzip
 import hashlib
 import importlib
@@ -414,6 +413,8 @@ def test_packed_array_gives_the_folders_images(photos, tmp_path, capsys):
     names = tmp_path / "p.npy.json"
     pack(photos, 24, path := tmp_path / "p.npy")
     assert "8 images of 24 px" in capsys.readouterr().out
+    assert [*data.in_batches(range(5), 2)] == [range(2), range(2, 4), range(4, 5)]
+    assert "images 5/5 | " in capsys.readouterr().err
     packed, folder = pickle.loads(sent := pickle.dumps(open_dataset(path, 24))), ImageFolder(photos, 24)
     assert packed.classes == folder.classes and len(packed) == 8 and len(sent) < 8 * 24 * 24
     for i in range(16):
@@ -422,7 +423,7 @@ def test_packed_array_gives_the_folders_images(photos, tmp_path, capsys):
     pytest.raises(UserError, open_dataset, path, 32).match("24")
     names.unlink()
     assert open_dataset(path, 24).classes == ["0", "1", "2"]
-    for said, value in (("labels 0 to 2", '["a", "b"]'), ("classes have names", "5")):
+    for said, value in (("labels 0 to 2", '["a", "b"]'), ("no list", '"abc"'), ("no list", "[1, 2]")):
         names.write_text(f'{{"classes": {value}}}')
         pytest.raises(UserError, open_dataset, path, 24).match(said)
 
@@ -923,12 +924,14 @@ def test_samples_are_measured_once(call, tmp_path, monkeypatch):
     for step, cfg, n, told in ((2, "2.0", 1, "2 2.0"), (2, "2.0", 1, "2 2.0"),
                                (2, "1.25", 2, "2 2.0, 2 1.25"), (1, "2.0", 3, "1 2.0, 2 2.0, 2 1.25")):
         call("sample.py", tmp_path / f"ckpt-000000{step}.pt", "--cfg", cfg, *words, "--fid", *use)
-        rows = list(csv.DictReader((tmp_path / "fid.csv").read_text().splitlines()))
+        rows = sample.read_rows(tmp_path / "fid.csv")
         assert ", ".join(f"{row['step']} {row['cfg']}" for row in rows) == told and len(measured) == n
         assert len(pictures := pictures | {(tmp_path / "fid.png").read_bytes()}) == n
     call("sample.py", tmp_path / "ckpt-0000002.pt", *words, "--out", tmp_path / "s.npz")
     distance = re.search(r"pixel distance (\S+)", call("fid.py", tmp_path / "s.npz", *use))[1]
     assert float(distance) == pytest.approx(float(rows[1]["pixel_distance"]), rel=1e-3)
+    (tmp_path / "fid.csv").write_text("step\nx\n")
+    assert "move it away" in call("sample.py", tmp_path / "ckpt-0000002.pt", "--fid", *use, status=2)
 
 def test_init_with_other_classes_starts_the_table_of_labels_anew(call, photos, tmp_path):
     """All other weights are the checkpoint's default average; another target starts its own w; it is told."""
@@ -1132,7 +1135,7 @@ UNFIT = {                  # what an .npz holds, or what becomes of a whole one;
     "wide": (dict(mu=MU, sigma=SIGMA[:64]), "64, 768"), "small": (dict(mu=MU[:64], sigma=SIGMA), "64,"),
     "nan": (dict(mu=MU, sigma=SIGMA * np.nan), "finite"),
     "other": (dict(mu=MU, sigma=SIGMA, features="inception"), "--features pixels"),
-    "size": (dict(mu=MU, sigma=SIGMA, image_size=64), r"\(64, 64\).*\(32, 32\)|no images")}
+    "size": (dict(mu=MU, sigma=SIGMA, image_size=64), r"\(64, 64\).*\(32, 32\)|\(32, 32\).*\(64, 64\)")}
 
 @pytest.mark.parametrize("name", UNFIT)
 def test_unfit_samples_and_references_get_one_line(samples, call, name):

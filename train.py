@@ -29,9 +29,9 @@ from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, PatchPCA, bar
                   some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
-from sample import (assemble, autocast, compile_network, draw_curves, draw_k_of_t, draw_spectrum,
-                    fastest_dtype, grid, pack_codec, read_log, read_rows, read_weights, sample_all, shape_of,
-                    unpack_codec, write_rows)
+from sample import (assemble, compile_network, draw_curves, draw_k_of_t, draw_spectrum, fastest_dtype, grid,
+                    pack_codec, read_log, read_rows, read_weights, sample_all, shape_of, unpack_codec,
+                    write_rows)
 
 TABLE_4 = {   #      latent                  pixel                   the flag's help
     "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
@@ -76,11 +76,9 @@ FIXED = ("model", "target", "space", "loss", "images", "num_classes", "net_size"
 
 def train(state, codec, data, args, device):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every step.
-
     state: a State. data, codec: a dataset, and what makes its items the network's x. args needs steps, seed,
     batch_size, micro_batch, workers, lr, k_lr, warmup_epochs, clip, dtype. The loss is this process's; the
-    norm of a step that was skipped is not finite. Whoever drives the loop logs, saves, shows, stops.
-    """
+    norm of a step that was skipped is not finite. Whoever drives the loop logs, saves, shows, stops."""
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")             # renamed in torch 2.13
     model = state.kdiff if WORLD == 1 else DistributedDataParallel(
         state.kdiff, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
@@ -104,7 +102,7 @@ def train(state, codec, data, args, device):
             x = codec.encode(batch[part].to(device, non_blocking=True))                  # (N, C, H, W)
             y = labels[part].to(device, non_blocking=True)                               # (N,)
             with model.no_sync() if WORLD > 1 and i + args.micro_batch < share else nullcontext():
-                with autocast(device, args.dtype):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                     mean = model(x, y, seeds[part]) * (len(x) / share)
                 # a loss that is not finite makes every gradient so, and through DDP's sum on every process
                 mean.backward(torch.where(mean.isfinite(), 1.0, torch.nan))
@@ -339,12 +337,12 @@ def open_data(args):
 
 def latent_codec(args, data):
     """The Codec of stored latents. UserError where they do not fit the flags or their statistics."""
-    C, h, w = data.shape
+    (C, h, w), tokenizer = data.shape, None if args.tokenizer == "pca" else args.tokenizer
     need(h == w and args.image_size == h * VAVAE.factor, f"--data {args.data} holds latents of {h}x{w}: "
          f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
-    need(not args.tokenizer or C == VAVAE.channels,
+    need(not tokenizer or C == VAVAE.channels,
          f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
-    codec = Codec(VAVAE(args.tokenizer) if args.tokenizer else None, data.mean, data.std)
+    codec = Codec(VAVAE(tokenizer) if tokenizer else None, data.mean, data.std)
     std = codec.encode(some_items(data, 64)).std().item()
     need(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
     return codec
@@ -398,7 +396,7 @@ def time_a_step(args, config, device):
     x = torch.randn(n, *shape_of(config), device=device)
     for _ in range(3):
         began = time.perf_counter()
-        with autocast(device, args.dtype):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
         loss.backward()
         next(kdiff.net.parameters()).grad.sum().item()     # waits for the device
@@ -423,7 +421,8 @@ def start_from(path, kdiff, args, classes):
 def batches(data, args, start, device):
     """(batch, labels) of this process for the steps left, in an order that the step alone decides."""
     steps = order(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
-    return torch.utils.data.DataLoader(            # its processes end with this one, which saves first
+    # a loading process ends with its parent, not with the signal that asks the parent to save first
+    return torch.utils.data.DataLoader(
         data, batch_sampler=steps, num_workers=args.workers, pin_memory=device.type == "cuda",
         prefetch_factor=4 if args.workers else None, worker_init_fn=partial(on_signals, signal.SIG_IGN))
 
@@ -493,7 +492,7 @@ class Log:
                    img_per_s=speed, skipped=state.skipped, **ks)
         if RANK == 0:
             with checked(self.path, "written"), open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow({key: f"{row[key]:.8g}" for key in row})
+                csv.DictWriter(file, self.columns).writerow({key: f"{row[key]:.10g}" for key in row})
         self.good, self.logged, self.ticked = [], state.step, now
 
 def show(args, state, codec, data, config, last):
