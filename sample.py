@@ -130,8 +130,14 @@ def unpack_codec(state, tokenizer_file=None):
     tokenizer = PatchPCA(**state["pca"]) if state.get("pca") else VAVAE(file) if file else None
     return Codec(tokenizer, state.get("mean"), state.get("std"))
 
-def published_config(weights, name):
-    """The config of a published network from its weights; name None: the size whose shapes they have."""
+def published(file, ema, name):
+    """Config, weights without prefixes and EMA's name of a published file; name None: the size that fits."""
+    names = {"0.9999": "model_ema1", "0.9996": "model_ema2"} if "model_ema1" in file else {"ema": "ema"}
+    ema = ema or next(iter(names))
+    need(ema in names, f"--ema {ema}: the file has {', '.join(names)}")
+    weights = next((file[k] for k in (names[ema], "ema", "model") if isinstance(file.get(k), dict)), file)
+    for prefix in ("module.", "_orig_mod.", "net."):
+        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     family = "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
     patches = weights[f"x_embedder.{'proj1' if family == 'JiT' else 'proj'}.weight"]
     (_, tokens, dim), patch = weights["pos_embed"].shape, patches.shape[-1]
@@ -140,28 +146,18 @@ def published_config(weights, name):
             if row[:2] == (dim, depth) and size.startswith(family)]
     need(name or fits, "weights of no network known here, neither JiT nor LightningDiT (--model names one)")
     size = math.isqrt(tokens) * patch
-    return dict(model=name or fits[0], net_size=size, in_channels=patches.shape[1], t_mean=0.0, t_std=1.0,
-                num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, label_drop=0.1, loss="v",
-                noise_scale=size / 256 if family == "JiT" else 1.0,
-                qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
-
-def published_weights(file, ema):
-    """The flat weights of a published JiT or LightningDiT file, without prefixes, and the EMA's name."""
-    names = {"0.9999": "model_ema1", "0.9996": "model_ema2"} if "model_ema1" in file else {"ema": "ema"}
-    ema = ema or next(iter(names))
-    need(ema in names, f"--ema {ema}: the file has {', '.join(names)}")
-    weights = next((file[k] for k in (names[ema], "ema", "model") if isinstance(file.get(k), dict)), file)
-    for prefix in ("module.", "_orig_mod.", "net."):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights, ema
+    config = dict(model=name or fits[0], net_size=size, in_channels=patches.shape[1], t_mean=0.0, t_std=1.0,
+                  num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, label_drop=0.1, loss="v",
+                  noise_scale=size / 256 if family == "JiT" else 1.0,
+                  qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
+    return config, weights, ema
 
 def read_weights(path, ema=None, model=None):
     """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
     file = read_tensors(path)
     with checked(path, "a checkpoint of ours, JiT or LightningDiT"):
         if "config" not in file or "data" not in file:
-            weights, ema = published_weights(file, ema)
-            config = published_config(weights, model)
+            config, weights, ema = published(file, ema, model)
             state = {"classes": [str(i) for i in range(config["num_classes"])]}
             return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch", 0), ema
         config, state, ema = file["config"], file["data"], ema or file["config"]["ema_default"]

@@ -114,9 +114,10 @@ def train(state, codec, data, args, device):
         # skip what is not finite, on all processes alike: the one place where a step waits for the device
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(norm):
-            # update the weights, then their averages, which sample
+            # update the weights, then their averages, which sample: decay * average + (1 - decay) * weight
             state.optimizer.step()
-            state.update_averages()
+            for decay, average in state.averages.items():
+                get_ema_multi_avg_fn(float(decay))(average, state.parameters, None)
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         yield loss, norm, lr
@@ -191,10 +192,6 @@ class State:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.averages = {str(decay): [p.detach().clone() for p in self.parameters] for decay in decays}
 
-    def update_averages(self):
-        """average = decay * average + (1 - decay) * parameter, at each decay."""
-        for decay, average in self.averages.items():
-            get_ema_multi_avg_fn(float(decay))(average, self.parameters, None)
 
     @contextmanager
     def averaged(self, decay):
@@ -314,7 +311,15 @@ def open_data(args):
     data.flips, data.seed = data.flips and args.flip, args.seed
     if isinstance(data, Latents):
         need(args.space == "latent", f"--data {args.data} holds latents: pass --space latent")
-        return data, latent_codec(args, data)
+        (C, h, w), tokenizer = data.shape, None if args.tokenizer == "pca" else args.tokenizer
+        need(h == w and args.image_size == h * VAVAE.factor, f"--data {args.data} holds latents of {h}x{w}: "
+             f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
+        need(not tokenizer or C == VAVAE.channels,
+             f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
+        codec = Codec(VAVAE(tokenizer) if tokenizer else None, data.mean, data.std)
+        std = codec.encode(some_items(data, 64)).std().item()
+        need(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
+        return data, codec
     if args.space == "pixel" and args.target not in COMPONENTS:
         return data, Codec()
     need(args.space == "pixel" or args.tokenizer == "pca", f"--data {args.data} holds images: pass "
@@ -334,18 +339,6 @@ def open_data(args):
     for buffer in codec.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)          # machines may differ in a component's sign
     return data, codec
-
-def latent_codec(args, data):
-    """The Codec of stored latents. UserError where they do not fit the flags or their statistics."""
-    (C, h, w), tokenizer = data.shape, None if args.tokenizer == "pca" else args.tokenizer
-    need(h == w and args.image_size == h * VAVAE.factor, f"--data {args.data} holds latents of {h}x{w}: "
-         f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
-    need(not tokenizer or C == VAVAE.channels,
-         f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
-    codec = Codec(VAVAE(tokenizer) if tokenizer else None, data.mean, data.std)
-    std = codec.encode(some_items(data, 64)).std().item()
-    need(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
-    return codec
 
 def settle(args, data, codec, device):
     """Fill in what depends on data and machine; returns the config, all that made a run, as plain values."""
