@@ -342,10 +342,6 @@ def write_samples(batches, labels, size, out, settings):
                 write_atomically(out / f"{i:06}_{labels[i]}.png", Image.fromarray(image).save)
         return
     part = out.with_name(f"{out.name}.tmp.npy")                # written by all, and then put into the .npz
-    pixels = ArrayFile(part, np.uint8, (len(labels), size, size, 3))
-    for images, indices in batches:
-        pixels.write(indices[0], images.permute(0, 2, 3, 1).cpu().numpy())
-    barrier()
 
     def write(temporary):
         with zipfile.ZipFile(temporary, "w") as file:
@@ -353,9 +349,16 @@ def write_samples(batches, labels, size, out, settings):
             for name, array in (("arr_1", labels), ("settings", json.dumps(settings))):
                 with file.open(f"{name}.npy", "w") as member:
                     np.save(member, array)
-    if RANK == 0:
-        write_atomically(out, write)
-        part.unlink()
+    try:
+        pixels = ArrayFile(part, np.uint8, (len(labels), size, size, 3))
+        for images, indices in batches:
+            pixels.write(indices[0], images.permute(0, 2, 3, 1).cpu().numpy())
+        barrier()
+        if RANK == 0:
+            write_atomically(out, write)
+    finally:
+        if RANK == 0:
+            part.unlink(missing_ok=True)
 
 def choose_classes(text, names):
     """The indices that a --classes value names: numbers or class names, separated by commas."""

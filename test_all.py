@@ -1239,7 +1239,7 @@ def test_bad_steps_and_full_disks_leave_the_last_good_checkpoint(call, photos, t
             assert said.count("error: ") == 1 and named in said and "written" in said
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert read_tensors(run / "ckpt.pt")["step"] == file["step"] and not list(run.glob("*.tmp*"))
+    assert read_tensors(run / "ckpt.pt")["step"] == file["step"] and not list(tmp_path.rglob("*.tmp*"))
     assert not array.exists() and not samples.exists()
 
 @pytest.mark.parametrize("error, said, status, local_rank", [
