@@ -176,14 +176,14 @@ def logit_normal(mean, std):
     scale = std * math.sqrt(2 * math.pi)
     return lambda t: (-((torch.logit(t) - mean) / std) ** 2 / 2).exp() / (scale * t * (1 - t))
 
-def optimal_loss(c, d, dim, ambient_dim, loss="u", density=torch.ones_like, tau=0.0, points=20_000):
+def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0, points=20_000):
     """Eq. (12): the least summed loss of a linear layer, for dim-dimensional data in ambient_dim dimensions.
     c, d        the target's coefficients, numbers or functions of t (float64 tensor in (0, 1))
-    loss, tau   as in KDiff; density: p(t) as a function of t, uniform by default"""
+    loss, tau   as in KDiff; density: p(t) as a function of t, None for uniform times"""
     a = (torch.arange(points, dtype=torch.float64) + 0.5) / points                # midpoint rule
     b = 1 - a
     c, d = (torch.as_tensor(f(a) if callable(f) else f, dtype=torch.float64).expand(points) for f in (c, d))
-    weight = density(a) * torch.as_tensor(error_scale(loss, c, d, a, tau)) ** 2   # Eq. (5)
+    weight = torch.as_tensor(error_scale(loss, c, d, a, tau)) ** 2 * (density(a) if density else 1)  # Eq. (5)
     mean = lambda f: (f * weight).mean().item()
     along = mean(c*c + d*d) - mean(a*c + b*d) ** 2 / mean(a*a + b*b)
     across = mean(d*d) - mean(b*d) ** 2 / mean(b*b)
@@ -250,8 +250,8 @@ def main():
     print(f"\nWhat the theorem does not cover. The best k of the same layer, D = {D}, d = 32, by Eq. (12)\n")
     ks = [n / 1000 for n in range(1, 1001)]
     for name, *how in (
-            ("u-loss, uniform t: Theorem 3.2", "u", torch.ones_like, 0.0),
-            ("v-loss, uniform t, tau 0.05", "v", torch.ones_like, 0.05),
+            ("u-loss, uniform t: Theorem 3.2", "u", None, 0.0),
+            ("v-loss, uniform t, tau 0.05", "v", None, 0.05),
             ("v-loss, t as in pixel space (Table 4), tau 0.05", "v", logit_normal(-0.8, 0.8), 0.05),
             ("v-loss, t as in latent space (Table 4), tau 0", "v", logit_normal(0.0, 1.0), 0.0)):
         best = min(ks, key=lambda k: optimal_loss(k, k - 1, 32, D, *how))

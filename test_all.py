@@ -290,7 +290,7 @@ def test_eq_12_equals_monte_carlo():
     torch.manual_seed(0)
     n, x, e = 400_000, F.pad(torch.randn(400_000, 3), (0, 5)), torch.randn(400_000, 8)
     for c, d, loss, p, t, tau in (
-            (lambda t: t, lambda t: t - 1, "x", torch.ones_like, torch.rand(n), 0.0),
+            (lambda t: t, lambda t: t - 1, "x", None, torch.rand(n), 0.0),
             (0.7, -0.3, "v", logit_normal(-0.8, 0.8), torch.sigmoid(0.8 * torch.randn(n) - 0.8), 0.4)):
         t = t.double()[:, None]
         c_t, d_t = (f(t) if callable(f) else f for f in (c, d))
