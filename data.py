@@ -269,18 +269,17 @@ def read_tensors(path, mmap=False):
 
 class Latents(Dataset):
     """Latents made by `data.py encode`, or LightningDiT's published shards; .mean and .std are (1, C, 1, 1).
-
     item: (float16/32 (C, h, w), not normalised, label); flip picks the latent of the mirrored image."""
 
     def __init__(self, folder):
-        folder, names, meta = Path(folder), ("latents", "latents_flip", "labels"), {}
+        folder, names = Path(folder), ("latents", "latents_flip", "labels")
         shards = sorted(folder.glob("*.safetensors"))
         self.flips, self.parts = True, [open_safetensors(path) for path in shards]
         if shards:
-            statistics = read_tensors(folder / "latents_stats.pt")
+            meta = read_tensors(folder / "latents_stats.pt")
         else:
             need((folder / "meta.json").exists(), f"{folder}: no meta.json, so half-written: encode again")
-            meta = statistics = read_json(folder / "meta.json")
+            meta = read_json(folder / "meta.json")
             self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
         for path, part in zip(shards or [folder], self.parts):
             with checked(path, "latents, latents_flip and labels that fit together and the other shards"):
@@ -291,7 +290,7 @@ class Latents(Dataset):
         self.starts = np.cumsum([0] + [len(part["labels"]) for part in self.parts])
         self.n = int(self.starts[-1])
         with checked(folder, "whole", f"its {C} channels need a mean and std each"):
-            self.mean, self.std = (torch.as_tensor(statistics[key]).float().view(1, C, 1, 1)
+            self.mean, self.std = (torch.as_tensor(meta[key]).float().view(1, C, 1, 1)
                                    for key in ("mean", "std"))
         self.classes = class_names(meta, np.concatenate([part["labels"] for part in self.parts]), folder)
 
