@@ -217,8 +217,8 @@ class Packed(Dataset):
         self.n, kind, self.flips = len(self.records), self.records.dtype, True
         with checked(path, "packed by `python data.py pack`"):
             self.image_size = kind["image"].shape[2]
-            if not self.n or self.records.ndim > 1 or kind != record(self.image_size):
-                raise ValueError("no images, or other columns")
+            whole = self.records.ndim == 1 and self.n > 0 and kind == record(self.image_size)
+        need(whole, f"{path}: not packed by `python data.py pack`, or empty")
         meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
         self.classes = class_names(meta, self.records["label"], path)
 
@@ -482,9 +482,8 @@ def encode(source, tokenizer, image_size, out, batch_size=32):
             flat = latents.double().transpose(0, 1).flatten(1)
             sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.ones_like(flat).sum(1)])
         files["labels"].write(indices[0], np.array(labels))
-    if WORLD > 1:
-        dist.all_reduce(sums)
-    mean, square = sums[:2] / sums[2]
+    total = all_reduce(sums)
+    mean, square = total[:2] / total[2]
     meta = {"n": len(data), "image_size": image_size, "classes": data.classes, "mean": mean.tolist(),
             "std": (square - mean ** 2).clamp(min=0).sqrt().tolist()}
     if RANK == 0:
@@ -510,7 +509,6 @@ def parse():
     return args
 
 def main():
-    """`python data.py pack` and `python data.py encode`."""
     args = parse()
     if args.command == "pack":
         pack(args.source, args.image_size, args.out)
@@ -543,10 +541,15 @@ def setup(device=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
+def all_reduce(x, op=dist.ReduceOp.SUM):
+    """The tensor x, which becomes the sum (or what op says) over the processes."""
+    if WORLD > 1 and dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
 def barrier():
     """Wait for all processes; on the CPU, so that it needs no device."""
-    if WORLD > 1 and dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))
+    all_reduce(torch.zeros(1))
 
 def print0(*args):
     """Print on the first process only."""

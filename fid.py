@@ -20,13 +20,12 @@ from typing import Callable, NamedTuple
 import numpy as np
 import scipy.linalg
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, barrier, check_ranges, checked,
-                  in_batches, list_images, need, new_parser, open_dataset, print0, read_image, read_tensors,
-                  run, setup, to_tensor, write_atomically)
+from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, all_reduce, barrier, check_ranges,
+                  checked, in_batches, list_images, need, new_parser, open_dataset, print0, read_image,
+                  read_tensors, run, setup, to_tensor, write_atomically)
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
@@ -79,13 +78,11 @@ class Statistics:
 
     def finish(self):
         """mu (D,), sigma (D, D) over N - 1, numpy float64, and N, of all processes. UserError for N < 2."""
-        if WORLD > 1:
-            total = torch.cat([self.mean * self.n, self.mean.new_tensor([self.n])])
-            dist.all_reduce(total)
-            mean = total[:-1] / total[-1].clamp(min=1)
-            self.scatter += self.n * torch.outer(self.mean - mean, self.mean - mean)
-            dist.all_reduce(self.scatter)
-            self.mean, self.n = mean, int(total[-1])
+        total = all_reduce(torch.cat([self.mean * self.n, self.mean.new_tensor([self.n])]))
+        mean = total[:-1] / total[-1].clamp(min=1)
+        self.scatter += self.n * torch.outer(self.mean - mean, self.mean - mean)
+        all_reduce(self.scatter)
+        self.mean, self.n = mean, int(total[-1])
         need(self.n > 1, f"{self.n} images have no covariance: 2 are needed, and 50,000 are usual")
         return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy(), self.n
 
@@ -213,8 +210,7 @@ def evaluate(batches, extractor, reference, device="cpu"):
         table = torch.zeros(n, 1008, device=device)               # in global order, whoever made a row
         for first, logits in rows:
             table[first:first + len(logits)] = logits
-        if WORLD > 1:
-            dist.all_reduce(table)                                # each row is zero on all processes but one
+        all_reduce(table)                                         # each row is zero on all processes but one
         result["is_mean"], result["is_std"] = inception_score(table.cpu())
     return result
 
@@ -314,7 +310,6 @@ def load_reference(path, features="inception"):
     return reference
 
 def parse():
-    """The command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("samples", nargs="?", help="a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)")

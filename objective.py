@@ -189,16 +189,12 @@ def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0, points
     across = mean(d*d) - mean(b*d) ** 2 / mean(b*b)
     return dim * along + (ambient_dim - dim) * across
 
-class Linear(nn.Module):
-    """Eq. (2): u^ = W z for all t, as a network that KDiff can train; W (D, D) starts at 0."""
-
-    def __init__(self, D):
-        super().__init__()
-        self.W = nn.Parameter(torch.zeros(D, D))
+class Linear(nn.Linear):
+    """Eq. (2): u^ = W z for all t, as a network that KDiff can train; W (D, D) is its weight."""
 
     def forward(self, z, t, y):
         """u^ like z (N, D, 1, 1); t and y play no part."""
-        return (z.flatten(1) @ self.W.T).view_as(z)
+        return super().forward(z.flatten(1)).view_as(z)
 
 def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0):
     """Train the linear layer and its target by gradient descent on the u-loss, t uniform.
@@ -207,8 +203,9 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
     Returns (kdiff, mean loss of the last quarter summed over the D axes)."""
     g, D = torch.Generator().manual_seed(seed), len(variances)
     scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)
-    kdiff = KDiff(Linear(D), target, num_classes=0, loss="u", channels=D)
-    groups = [{"params": [kdiff.net.W], "lr": rate * D / 2}]     # of a mean over D: its gradient is 2/D small
+    kdiff = KDiff(Linear(D, D, bias=False), target, num_classes=0, loss="u", channels=D)
+    W = nn.init.zeros_(kdiff.net.weight)
+    groups = [{"params": [W], "lr": rate * D / 2}]               # of a mean over D: its gradient is 2/D small
     groups += [] if kdiff.w is None else [{"params": [kdiff.w], "lr": k_rate}]
     optimizer = torch.optim.SGD(groups)
     fall = torch.optim.lr_scheduler.LambdaLR(

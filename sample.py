@@ -117,11 +117,10 @@ def shape_of(config):
     """(C, H, W) of the network's x."""
     return config["in_channels"], config["net_size"], config["net_size"]
 
-def pack_codec(codec, tokenizer_file=None):
+def pack_codec(codec, file=None):
     """What a checkpoint keeps of a Codec: statistics, and the tokenizer's arrays or (VA-VAE) its file."""
-    pca = codec.tokenizer if isinstance(codec.tokenizer, PatchPCA) else None
-    return {"mean": codec.mean, "std": codec.std, "pca": pca and {"mean": pca.mean, "basis": pca.basis},
-            "tokenizer": tokenizer_file}
+    pca = dict(codec.tokenizer.named_buffers()) if isinstance(codec.tokenizer, PatchPCA) else None
+    return {"mean": codec.mean, "std": codec.std, "pca": pca, "tokenizer": file}
 
 def unpack_codec(state, tokenizer_file=None):
     """The Codec of pack_codec's dict; tokenizer_file overrides where the VA-VAE weights lie."""
@@ -370,7 +369,6 @@ def choose_classes(text, names):
     return chosen
 
 def parse():
-    """The command line."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="+", help="ours or published; several for --fid, --gif; for --plot runs' folders")

@@ -323,7 +323,7 @@ def test_modes_of_w_relax_at_their_two_rates():
     for target, axes, end, rate in (("x", slice(4), 0.75, 0.05 * 2 / 3), ("v", slice(4, 16), -1.5, 0.05 / 3)):
         for n in (20, 60, 300):
             kdiff, _ = train_linear([1] * 4 + [0] * 12, target, steps=n, batch=2048, rate=0.05)
-            mode = kdiff.net.W.diag()[axes].mean().item()
+            mode = kdiff.net.weight.diag()[axes].mean().item()
             assert mode == pytest.approx(end * (1 - math.exp(-n * rate)), abs=0.02)
 
 # ---- data.py -----------------------------------------------------------------------------------------------
@@ -1404,7 +1404,7 @@ def test_busy_cores_or_no_compiler_cost_a_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     clocks = dict(perf_counter=lambda: clock[0], process_time=lambda: clock[1])
     monkeypatch.setattr(train, "time", SimpleNamespace(**clocks))
-    state = State(KDiff(Linear(4), num_classes=1), [0.9])
+    state = State(KDiff(Linear(4, 4), num_classes=1), [0.9])
     log = train.Log(tmp_path / "log.csv", state, argparse.Namespace(batch_size=8, steps=9), range(16))
     for wall, used, expected in ((1.9, 0.1, []), (0.2, 4.0, []), (2.1, 1.3, [1]), (2.1, 4.0, [1])):
         clock += wall, used

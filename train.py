@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, PatchPCA, barrier, check_ranges, checked,
-                  leave, need, new_parser, open_dataset, order, print0, read_tensors, run, seed_of, setup,
-                  some_items, write_atomically)
+from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, PatchPCA, all_reduce, barrier,
+                  check_ranges, checked, leave, need, new_parser, open_dataset, order, print0, read_tensors,
+                  run, seed_of, setup, some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
 from sample import (assemble, compile_network, draw_curves, draw_k_of_t, draw_spectrum, fastest_dtype, grid,
@@ -426,10 +426,7 @@ def on_signals(handler, worker=None):
 
 def agreed(number):
     """The largest of the processes' numbers, on all of them; compared on the CPU."""
-    largest = torch.tensor(number)
-    if WORLD > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return largest.item()
+    return all_reduce(torch.tensor(number), dist.ReduceOp.MAX).item()
 
 class Log:
     """Lines on the screen and in log.csv; a resumed run first drops the rows that it will write again."""
@@ -471,9 +468,7 @@ class Log:
         """The mean of the steps since the last line, over all processes."""
         state, args, now = self.state, self.args, time.perf_counter()
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
-        if WORLD > 1:
-            dist.all_reduce(means)                         # of as many steps on each process
-        loss, grad = means.tolist()
+        loss, grad = all_reduce(means).tolist()            # of as many steps on each process
         speed = (state.step - self.logged) * args.batch_size / (now - self.ticked)
         left = (now - self.began) / (state.step - self.first) * (args.steps - state.step)
         ks = {name: k.item() for name, k in state.kdiff.ks().items()}
