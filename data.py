@@ -217,8 +217,8 @@ class Packed(Dataset):
         self.n, kind, self.flips = len(self.records), self.records.dtype, True
         with checked(path, "packed by `python data.py pack`"):
             self.image_size = kind["image"].shape[2]
-            whole = self.records.ndim == 1 and self.n > 0 and kind == record(self.image_size)
-        need(whole, f"{path}: not packed by `python data.py pack`, or empty")
+            need(self.n and self.records.ndim == 1 and kind == record(self.image_size),
+                 f"{path}: not packed by `python data.py pack`, or empty")
         meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
         self.classes = class_names(meta, self.records["label"], path)
 
@@ -473,8 +473,7 @@ def encode(source, tokenizer, image_size, out, batch_size=32):
     files = {name: ArrayFile(out / f"{name}.npy", kind, shape[:dims]) for name, kind, dims in (
         ("latents", np.float16, 4), ("latents_flip", np.float16, 4), ("labels", np.int64, 1))}
     sums = torch.zeros(3, shape[1], dtype=torch.float64)          # sum, sum of squares, count, per channel
-    mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
-    for indices, images, labels in read_in_batches(data, mine, batch_size):
+    for indices, images, labels in read_in_batches(data, part_of(len(data)), batch_size):
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
             noise = seeded_normal(shape[1:], [seed_of(0, name, i) for i in indices], device)
             latents = tokenizer.encode(Codec().encode(batch.to(device)), noise).cpu()
@@ -509,6 +508,7 @@ def parse():
     return args
 
 def main():
+    """`python data.py pack` and `python data.py encode`."""
     args = parse()
     if args.command == "pack":
         pack(args.source, args.image_size, args.out)
@@ -532,11 +532,10 @@ def setup(device=None):
             need(LOCAL_WORLD <= max(torch.cuda.device_count(), 1), "--nproc_per_node: more than GPUs here")
             device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
             torch.cuda.set_device(device)                 # first: else each process would occupy GPU 0, too
+            torch.set_float32_matmul_precision("high")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name} is not usable here: {in_short(error)}") from None
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
@@ -550,6 +549,10 @@ def all_reduce(x, op=dist.ReduceOp.SUM):
 def barrier():
     """Wait for all processes; on the CPU, so that it needs no device."""
     all_reduce(torch.zeros(1))
+
+def part_of(n, rank=RANK, world=WORLD):
+    """This process's part of n things that all processes share: a range of their indices."""
+    return range(n * rank // world, n * (rank + 1) // world)
 
 def print0(*args):
     """Print on the first process only."""

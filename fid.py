@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (LOCAL_RANK, RANK, THREADS, WORLD, FileError, Packed, all_reduce, barrier, check_ranges,
-                  checked, in_batches, list_images, need, new_parser, open_dataset, print0, read_image,
+from data import (LOCAL_RANK, RANK, THREADS, FileError, Packed, all_reduce, barrier, check_ranges, checked,
+                  in_batches, list_images, need, new_parser, open_dataset, part_of, print0, read_image,
                   read_tensors, run, setup, to_tensor, write_atomically)
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -243,7 +243,7 @@ class Source(NamedTuple):
     def batches(self, batch_size):
         """This process's share as evaluate() takes it; a GPU still computes while the next batch is read."""
         need(self.read and self.n > 1, f"{self.path}: no images, or fewer than 2, so without covariance")
-        for indices in in_batches(range(self.n * RANK // WORLD, self.n * (RANK + 1) // WORLD), batch_size):
+        for indices in in_batches(part_of(self.n), batch_size):
             yield self.read(indices[0], indices[-1] + 1), indices[0]
 
 def open_images(path, names, item):
@@ -310,6 +310,7 @@ def load_reference(path, features="inception"):
     return reference
 
 def parse():
+    """The command line: SAMPLES and REF, or --make_ref with what it needs."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("samples", nargs="?", help="a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)")

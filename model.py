@@ -270,9 +270,11 @@ def rotary_positions(side, dim, prefix=0):
 # ---- VA-VAE f16d32, a KL autoencoder of the latent-diffusion family ----------------------------------------
 
 def conv(width_in, width, size=3):
+    """A convolution that keeps the image's size."""
     return nn.Conv2d(width_in, width, size, padding=size // 2)
 
 def norm(width):
+    """GroupNorm as the latent-diffusion family has it."""
     return nn.GroupNorm(32, width, eps=1e-6)
 
 class ResidualBlock(nn.Module):
@@ -358,6 +360,7 @@ def gmacs(net, shape):
     return counter.get_total_flops() / 2e9
 
 def main():
+    """Print name, parameters and cost of every size."""
     print(f"{'name':20} {'input':>10} {'params':>8}   Gflops (multiply-adds)")
     for name in NAMES:
         size, patch = name.split("/")

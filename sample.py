@@ -14,6 +14,7 @@ import json
 import math
 import os
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 import fid
 import model
 from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, PatchPCA, UserError, barrier, check_ranges, checked,
-                  in_batches, in_short, need, new_parser, open_dataset, print0, read_in_batches, read_tensors,
-                  run, seed_of, setup, write_atomically)
+                  in_batches, in_short, need, new_parser, open_dataset, part_of, print0, read_in_batches,
+                  read_tensors, run, seed_of, setup, write_atomically)
 from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
 
 # What the published weights need for sampling (their papers' and Table 4's settings).
@@ -70,6 +71,9 @@ def fastest_dtype(device):
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bfloat16" if bf16 else "float32"
 
+def autocast(device, dtype):
+    """A context in which matrix products run in bfloat16, where that is the dtype; else it does nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 def compile_network(net):
     """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
@@ -85,14 +89,13 @@ def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype="float32
     shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate()."""
     device = next(kdiff.parameters()).device
     z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with autocast(device, dtype):
         x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, **solve)
     return codec.decode(x)
 
 def generate_split(kdiff, codec, shape, labels, batch_size, rank=RANK, world=WORLD, **how):
     """One process's part of the samples of labels (list of N), in batches (uint8 (b,3,H,W), indices (b))."""
-    mine = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
-    for indices in in_batches(mine, batch_size, "samples"):
+    for indices in in_batches(part_of(len(labels), rank, world), batch_size, "samples"):
         yield generate(kdiff, codec, shape, [labels[i] for i in indices], indices, **how), indices
 
 def sample_all(*args, **how):
@@ -369,6 +372,7 @@ def choose_classes(text, names):
     return chosen
 
 def parse():
+    """The command line. UserError for flags that do not go together."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("checkpoint", nargs="+", help="ours or published; several for --fid, --gif; for --plot runs' folders")

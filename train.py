@@ -29,9 +29,9 @@ from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, PatchPCA, all
                   run, seed_of, setup, some_items, write_atomically)
 from model import gmacs
 from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
-from sample import (assemble, compile_network, draw_curves, draw_k_of_t, draw_spectrum, fastest_dtype, grid,
-                    pack_codec, read_log, read_rows, read_weights, sample_all, shape_of, unpack_codec,
-                    write_rows)
+from sample import (assemble, autocast, compile_network, draw_curves, draw_k_of_t, draw_spectrum,
+                    fastest_dtype, grid, pack_codec, read_log, read_rows, read_weights, sample_all, shape_of,
+                    unpack_codec, write_rows)
 
 TABLE_4 = {   #      latent                  pixel                   the flag's help
     "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
@@ -102,7 +102,7 @@ def train(state, codec, data, args, device):
             x = codec.encode(batch[part].to(device, non_blocking=True))                  # (N, C, H, W)
             y = labels[part].to(device, non_blocking=True)                               # (N,)
             with model.no_sync() if WORLD > 1 and i + args.micro_batch < share else nullcontext():
-                with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                with autocast(device, args.dtype):
                     mean = model(x, y, seeds[part]) * (len(x) / share)
                 # a loss that is not finite makes every gradient so, and through DDP's sum on every process
                 mean.backward(torch.where(mean.isfinite(), 1.0, torch.nan))
@@ -192,7 +192,6 @@ class State:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.averages = {str(decay): [p.detach().clone() for p in self.parameters] for decay in decays}
 
-
     @contextmanager
     def averaged(self, decay):
         """Within: the network is the average of that decay, ready to sample."""
@@ -249,7 +248,7 @@ def resume(path, state, codec, config, args, data):
 # ---- Settings: a flag, else the preset's value -------------------------------------------------------------
 
 def parse():
-    """The command line over its preset. UserError for values that cannot work."""
+    """The command line over its preset."""
     parser, yes_no = new_parser(__doc__), argparse.BooleanOptionalAction
     add = parser.add_argument
     add("--space", choices=("pixel", "latent"), default="pixel", help="column of Table 4 (default pixel)")
@@ -280,13 +279,15 @@ def parse():
         many = {"nargs": "+" if name == "ema" else 2} if isinstance(value, list) else {}
         kind = type(value[0] if many else value or "")
         add(f"--{name}", type=kind, help=f"{text} (paper: {latent} / {pixel})", **many)
-    args = parser.parse_args()
+    return from_preset(parser.parse_args())
+
+def from_preset(args):
+    """The flags of args, the preset's values where none was given. UserError for what cannot work."""
     args.preset = args.preset or ("demo" if args.data in ("shapes", "fashion") else "paper")
     preset = FASHION if (args.data, args.preset) == ("fashion", "demo") else PRESETS[args.preset]
-    for name, (latent, pixel, _) in TABLE_4.items():
-        value = preset.get(name, (latent, pixel))
-        if getattr(args, name) is None:
-            setattr(args, name, value[args.space == "pixel"] if isinstance(value, tuple) else value)
+    values = {name: preset.get(name, columns[:2]) for name, columns in TABLE_4.items()}
+    fill(args, {name: value[args.space == "pixel"] if isinstance(value, tuple) else value
+                for name, value in values.items()})
     check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1,
                  epochs=0, sample_every=0, keep_every=0, samples=0, sample_steps=1, workers=0, lr=0, k_lr=0,
                  clip=0, warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0, tau=0)
@@ -295,15 +296,20 @@ def parse():
     need(args.model, f"--image_size {args.image_size} has no network in Table 4: "
          "try --preset small, or name one, such as --model JiT-B/16")
     need(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays lie between 0 and 1")
-    args.noise_scale = args.image_size / 256 if args.noise_scale is None else args.noise_scale
     end = args.target == "eps" or fixed_k(args.target) == 0               # Delta = t vanishes with t
-    if args.tau is None:
-        args.tau = 0.05 if end or args.target in ("x", "asym") or fixed_k(args.target) == 1 else 0.0
+    vanishes = end or args.target in ("x", "asym") or fixed_k(args.target) == 1
+    fill(args, {"noise_scale": args.image_size / 256, "tau": 0.05 if vanishes else 0.0})
     need(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
     need(args.tau or not end, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
     name = args.space + ("" if args.data == "shapes" else f"-{Path(args.data).stem}")
     args.out = Path(args.out or f"out/{name}" + ("" if args.target == "k" else f"-{args.target}"))
     return args
+
+def fill(args, values):
+    """Set the flags that were not given."""
+    for name, value in values.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 def open_data(args):
     """The dataset and the Codec that makes it the network's x. UserError where data and space do not fit."""
@@ -353,9 +359,7 @@ def settle(args, data, codec, device):
                 "workers": 0 if demo else min(8, (os.cpu_count() or 1) // LOCAL_WORLD),
                 "dtype": fastest_dtype(device), "compile": cuda and not demo,      # compiling takes a minute
                 "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill(args, defaults)
     C, size, _ = codec.encode(data[0][0][None])[0].shape
     faded = [decay for decay in args.ema if decay ** args.steps < 0.01]     # they have forgotten the start
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
@@ -389,7 +393,7 @@ def time_a_step(args, config, device):
     x = torch.randn(n, *shape_of(config), device=device)
     for _ in range(3):
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with autocast(device, args.dtype):
             loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
         loss.backward()
         next(kdiff.net.parameters()).grad.sum().item()     # waits for the device
@@ -452,10 +456,12 @@ class Log:
 
     def add(self, loss, norm):
         """Take note of a step; its norm is not finite where it was skipped. Watch the machine."""
-        bad = not math.isfinite(norm)
-        self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
-        self.state.skipped += bad
-        self.good += [] if bad else [(loss, norm)]
+        if math.isfinite(norm):
+            self.bad_in_a_row = 0
+            self.good.append((loss, norm))
+        else:
+            self.bad_in_a_row += 1
+            self.state.skipped += 1
         now, threads = (time.perf_counter(), time.process_time()), torch.get_num_threads()
         wall, used = (b - a for a, b in zip(self.watched, now))
         if self.on_cpu and threads > 1 and wall > 2:       # threads spin while they wait for one another
