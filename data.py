@@ -1,24 +1,28 @@
 """From files to tensors and back: datasets, the order of training, tokenizers, the Codec.
 
-A dataset gives (uint8 image (3, H, W) or latent (C, h, w), label); Codec turns a batch of them into the
-network's x, and x back into uint8 images. At the end: processes and device, clear errors, atomic writing.
-N images, C channels, H, W their size in pixels, h, w in latents.
+A dataset gives (uint8 image (3, H, W) or latent (C, h, w), label). The Codec turns a batch of them into the
+network's x, and x back into uint8 images. The second half serves all scripts: processes, errors, files.
+N images, C channels, H, W their size in pixels, h, w their size in latents.
 
-    python data.py pack photos --image_size 256 --out photos.npy                      decode and crop once
-    python data.py encode photos --tokenizer vavae.pt --image_size 256 --out latents  (also under torchrun)
+    python data.py pack photos --image_size 256 --out photos.safetensors              decode and crop once
+    python data.py encode photos --tokenizer vavae.pt --image_size 256 --out latents  write VA-VAE latents
+Both also run under torchrun.
 """
 import argparse
 import functools
 import gzip
 import hashlib
+import io
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
-import urllib.request
+import traceback
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,147 +32,195 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import nn
 
-from model import Autoencoder
+from model import VAVAE
 from objective import seeded_normal
 
-# ---- Datasets: .n items, .classes (names), .item(i, flip) -> (tensor, label); .flips: may be mirrored ------
+try:
+    import fcntl
+except ImportError:                   # Windows
+    fcntl = None
+
+# ---- Datasets ----------------------------------------------------------------------------------------------
 
 class Dataset(torch.utils.data.Dataset):
-    """data[i] is item i as it is; data[(epoch, i)] may be mirrored, as drawn from (seed, epoch, i) alone."""
-    n, flips, seed = 0, False, 0
+    """n items with labels below len(classes). A dataset of yours sets n and classes and defines item(i, flip),
+    which always gives the same (tensor, label) for the same arguments. With flips, items may be mirrored.
+    data[i] is item i. data[(epoch, i)] is mirrored or not, as (seed, epoch, i) decide."""
+    n = 0
+    classes = []
+    flips = False
+    seed = 0
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (None, key)
-        flip = self.flips and epoch is not None and seed_of(self.seed, "flip", epoch, i) % 2 == 1
+        if not isinstance(key, tuple):
+            return self.item(key, False)
+        epoch, i = key
+        flip = self.flips and seed_of(self.seed, "flip", epoch, i) % 2 == 1
         return self.item(i, flip)
 
+    def fingerprint(self):
+        """A text that differs if the data differ: a hash of n, the classes and up to 100 items."""
+        some = range(0, self.n, math.ceil(self.n / 100))
+        return digest(self.n, self.classes, *map(self.content, some))
+
+    def content(self, i):
+        """What identifies item i."""
+        tensor, label = self[i]
+        return label, tensor.numpy().tobytes()
+
+# Signed distance of (x, y), at radius r, to the outline of a shape of radius about 1. It is negative inside.
+def cross(x, y, r):
+    bars = np.minimum(abs(x), abs(y)) - 0.28
+    return np.maximum(np.maximum(abs(x), abs(y)) - 1, bars)
+
+def star(x, y, r):
+    tenth = np.pi / 5                                    # the angle from a tip to a notch
+    angle = abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
+    return r * np.sin(0.4 + angle) - 1.1 * np.sin(0.4)   # folded at tips and notches, a star is one line
+
+def ellipse(x, y, r):
+    steep = np.hypot(x / 1.1 ** 2, y / 0.5 ** 2)
+    return ((x / 1.1) ** 2 + (y / 0.5) ** 2 - np.hypot(x / 1.1, y / 0.5)) / steep.clip(1e-9)
+
+OUTLINES = {
+    "disc": lambda x, y, r: r - 0.9,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.8,
+    "triangle": lambda x, y, r: np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.52,
+    "ring": lambda x, y, r: abs(r - 0.75) - 0.22,
+    "cross": cross,
+    "star": star,
+    "ellipse": ellipse,
+    "moon": lambda x, y, r: np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y)),     # a disc minus another
+}
+
 class Shapes(Dataset):
-    """n images of 8 shapes in one bright hue on a dark ground; item i, of class i % 8, is always the same.
+    """n images of 8 shapes, each in one bright hue on a dark ground. Item i, of class i % 8, is always the same.
     Five factors: place (2), size, angle, hue. item: (uint8 (3, image_size, image_size), label)."""
-    # signed distance from (x, y), of radius r, to the outline of a shape of radius about 1, negative inside
-    outlines = {
-        "disc": lambda x, y, r: r - 0.9,
-        "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.8,
-        "triangle": lambda x, y, r: np.maximum(0.866 * abs(x) - 0.5 * y, y) - 0.52,
-        "ring": lambda x, y, r: abs(r - 0.75) - 0.22,
-        "cross": lambda x, y, r: np.maximum(
-            np.maximum(abs(x), abs(y)) - 1, np.minimum(abs(x), abs(y)) - 0.28),
-        "star": lambda x, y, r: r * np.sin(0.4 + abs(           # folded to one line, from a tip to a notch
-            (np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)) - 1.1 * np.sin(0.4),
-        "ellipse": lambda x, y, r: ((x / 1.1) ** 2 + (y / 0.5) ** 2 - np.hypot(x / 1.1, y / 0.5)) / np.hypot(
-            x / 1.1 ** 2, y / 0.5 ** 2).clip(1e-9),
-        "moon": lambda x, y, r: np.maximum(r - 0.95, 0.85 - np.hypot(x - 0.55, y)),  # a disc without another
-    }
-    classes = list(outlines)
+    classes = list(OUTLINES)
 
     def __init__(self, n, image_size, seed=0):
-        self.image_size, self.n = image_size, n
+        self.n = n
+        self.image_size = image_size
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
 
     def item(self, i, flip=False):
-        return (self.kept if self.image_size <= 64 else self.draw)(i), i % 8
+        draw = self.drawn_once if self.image_size <= 64 else self.draw
+        return draw(i), i % 8
 
     def draw(self, i):
-        """The image itself, uint8 (3, H, W), from the factors of item i."""
+        """The image of item i, uint8 (3, H, W), from its factors."""
         place_x, place_y, size, angle, hue = self.factors[i]
-        grid = (np.arange(self.image_size) + 0.5) / self.image_size - 0.5
-        radius, angle = 0.27 + 0.07 * size, 0.5 * (angle - 0.5)
-        x, y = grid[None, :] - 0.22 * (place_x - 0.5), grid[:, None] - 0.22 * (place_y - 0.5)
+        pixels = (np.arange(self.image_size) + 0.5) / self.image_size - 0.5       # from -0.5 to 0.5
+        radius = 0.27 + 0.07 * size
+        x = pixels[None, :] - 0.22 * (place_x - 0.5)
+        y = pixels[:, None] - 0.22 * (place_y - 0.5)
+        angle = 0.5 * (angle - 0.5)
         cos, sin = np.cos(angle), np.sin(angle)
         x, y = (x * cos + y * sin) / radius, (y * cos - x * sin) / radius
-        distance = self.outlines[self.classes[i % 8]](x, y, np.hypot(x, y)) * radius * self.image_size
-        inside = np.clip(0.5 - distance, 0, 1)                                             # anti-aliased
-        sector = (6 * hue + np.array([0, 4, 2])) % 6                                       # hue to RGB
+        outline = OUTLINES[Shapes.classes[i % 8]]
+        distance = outline(x, y, np.hypot(x, y)) * radius * self.image_size       # in pixels
+        inside = np.clip(0.5 - distance, 0, 1)                                    # anti-aliased
+        sector = (6 * hue + np.array([0, 4, 2])) % 6                              # hue to RGB
         colour = 0.15 + 0.85 * np.clip(np.abs(sector - 3) - 1, 0, 1)
         rgb = 0.06 + (colour[:, None, None] - 0.06) * inside
         return torch.from_numpy((rgb * 255 + 0.5).astype(np.uint8))
-    kept = functools.lru_cache(6_400)(draw)                           # small ones are drawn once
+    drawn_once = functools.lru_cache(6_400)(draw)
 
 class Fashion(Dataset):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes in grey.
-    The 60,000 for training, 28 px, padded with black. From `folder`, Debian's package dataset-fashion-mnist
-    or our cache, else fetched once. item: (uint8 (3, image_size, image_size), label)."""
+    The 60,000 for training, 28 px, padded with black. They are read from `folder`; if None, from Debian's
+    package dataset-fashion-mnist or from our cache, to which they are downloaded once.
+    item: (uint8 (3, image_size, image_size), label)."""
     classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
     url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-    sha256 = {     # of what is inside: packagers compress anew
+    places = ["/usr/share/datasets/fashion-mnist", "~/.cache/kdiff"]
+    sha256 = {                        # of the unpacked content: packages are compressed again
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"}
 
     def __init__(self, image_size=32, folder=None):
-        need(image_size >= 28, f"--image_size {image_size}: --data fashion is 28 px, to be padded")
-        self.pixels = self.read("train-images-idx3-ubyte", folder)[16:].reshape(-1, 28, 28)
-        self.labels = self.read("train-labels-idx1-ubyte", folder)[8:]
-        self.n, self.image_size = len(self.labels), image_size
+        require(image_size >= 28, f"--image_size {image_size}: --data fashion has 28 px, which are padded")
+        pixels, labels = (self.read(name, folder) for name in self.sha256)
+        before = (image_size - 28) // 2
+        around = before, image_size - 28 - before
+        self.pixels = np.pad(pixels[16:].reshape(-1, 28, 28), ((0, 0), around, around))
+        self.labels = labels[8:]
+        self.n = len(self.labels)
 
     def item(self, i, flip=False):
-        before = (self.image_size - 28) // 2
-        image = np.pad(self.pixels[i], (before, self.image_size - 28 - before))
-        return torch.from_numpy(image).expand(3, -1, -1), int(self.labels[i])
+        return torch.from_numpy(self.pixels[i]).expand(3, -1, -1), int(self.labels[i])
 
     def read(self, name, folder):
-        """A file's bytes, from disk or network. FileError where they are not the published ones."""
-        def unpacked(packed):
-            content = gzip.decompress(packed)
+        """The bytes of a file. FileError if they are not the published ones."""
+        paths = [Path(place, f"{name}.gz").expanduser() for place in ([folder] if folder else self.places)]
+        path = next(filter(Path.is_file, paths), paths[-1])
+        if not (folder or path.is_file()):
+            download(self.url + path.name, path, "; --data_dir says where it is")
+        with reading(path, "Fashion-MNIST"):
+            content = gzip.decompress(path.read_bytes())
             if hashlib.sha256(content).hexdigest() != self.sha256[name]:
                 raise ValueError("its checksum is not the published one")
-            return np.frombuffer(content, np.uint8)
-        places = [folder] if folder else ["/usr/share/datasets/fashion-mnist", "~/.cache/kdiff"]
-        paths = [Path(place, f"{name}.gz").expanduser() for place in places]
-        path = next(filter(Path.is_file, paths), paths[-1])
-        if not folder and not path.is_file() and LOCAL_RANK == 0:
-            with checked(self.url + path.name, "Fashion-MNIST", remedy="; --data_dir names where it is"):
-                packed = urllib.request.urlopen(self.url + path.name, timeout=30).read()
-                unpacked(packed)
-            write_atomically(path, lambda temporary: temporary.write_bytes(packed))
-        barrier()                                                # until the first process has fetched it
-        need(path.is_file(), f"{path.parent}: holds no {path.name}")
-        with checked(path, "Fashion-MNIST"):
-            return unpacked(path.read_bytes())
+        return np.frombuffer(content, np.uint8)
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+FORMATS = {"JPEG": ".jpg .jpeg .jfif", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif",
+           "TIFF": ".tif .tiff"}
+if features.check("avif"):            # not in every build of Pillow
+    FORMATS["AVIF"] = ".avif"
+ENDINGS = " ".join(FORMATS.values()).split()
 
 def list_images(folder):
-    """Images below a folder, sorted, links followed. UserError: no folder, no image, a link in a circle."""
-    need(os.path.isdir(folder), f"{folder}: no such folder")
-    found = []
+    """The images below a folder, sorted. Links are followed. A line counts the files that are left out.
+    UserError: no such folder, or no image in it."""
+    require(os.path.isdir(folder), f"{folder}: no such folder")
+    found, left_out = [], Counter()
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
-        for link in filter(os.path.islink, (os.path.join(here, f) for f in folders)):
-            need(os.path.realpath(link) not in map(os.path.realpath, Path(link).parents),
-                 f"{link}: a link in a circle; remove it")
-        found += [os.path.join(here, f) for f in files if f.lower().endswith(IMAGES) and f[0] != "."]
-    need(found, f"{folder}: holds no images ({', '.join(IMAGES)}), in subfolders, one a class, or flat")
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        if os.path.realpath(here) in map(os.path.realpath, Path(here).parents):
+            folders.clear()                                            # a link in a circle
+            continue
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if ending in ENDINGS and name[0] != ".":
+                found.append(os.path.join(here, name))
+            else:
+                left_out[ending or name] += 1
+    counts = ", ".join(f"{count} {ending}" for ending, count in left_out.most_common(5))
+    require(found, f"{folder}: contains no images ({', '.join(ENDINGS)}); other files: {counts or 'none'}")
+    if left_out:
+        print0(f"{folder}: {left_out.total()} files are left out, which are not read as images: {counts}")
     return sorted(found)
 
 def read_image(path):
-    """The file as an upright RGB image. FileError naming it where it cannot be read, whatever the reason."""
-    with checked(path, "a readable image", remedy="; mend or remove it"):
-        if not os.path.isfile(path):                                  # nor a pipe, which would wait for ever
+    """The image file as an upright RGB image, the first frame if there are several. FileError if unreadable."""
+    with reading(path, "a readable image", "; mend or remove it"):
+        if not os.path.isfile(path):                                   # a pipe would wait for ever
             raise ValueError("no such file")
-        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
-            if max(image.size) > 100 * min(image.size):
-                raise ValueError("over 100 times as long as wide")
+        with Image.open(path, formats=list(FORMATS)) as image:
+            if image.mode == "F" or max(image.size) > 100 * min(image.size):
+                raise ValueError("floating-point pixels, or 100 times as long as wide")
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                            # 16-bit grey; convert() would clip it
+            if image.mode.startswith("I"):                             # 16-bit grey: convert() would clip it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-            if image.has_transparency_data:                           # on white, as a browser shows it
+            if image.has_transparency_data:                            # on white, as a browser shows it
                 image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             return image.convert("RGB")
 
 def crop(image, size):
-    """ADM's preprocessing: halve by BOX while that leaves at least `size`, BICUBIC to `size`, centre crop."""
+    """ADM's preprocessing: halve with BOX down to at least `size`, BICUBIC to `size`, crop the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 def to_tensor(image):
@@ -176,183 +228,230 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 class ImageFolder(Dataset):
-    """Images below a folder, cropped to image_size. A first-level subfolder is a class; images beside them,
-    or a flat folder, are one class named like the folder. UserError for a missing or empty (class) folder."""
+    """The images below a folder, cropped to image_size. Each subfolder is a class. Images next to subfolders,
+    or in a flat folder, are a class named like the folder. UserError for an empty folder or class folder."""
+    flips = True
 
     def __init__(self, folder, image_size):
-        self.folder, self.image_size, self.flips = str(folder), image_size, True
+        self.folder = str(folder)
+        self.image_size = image_size
         paths = [os.path.relpath(path, folder) for path in list_images(folder)]
         own = os.path.basename(os.path.abspath(folder))
         names = [path.split(os.sep)[0] if os.sep in path else own for path in paths]
-        self.classes, self.labels = np.unique(names, return_inverse=True)
-        self.classes = self.classes.tolist()
+        # numbers are sorted by their value
+        self.classes = sorted(set(names), key=lambda name: name.zfill(9) if name.isdecimal() else name)
         for entry in os.scandir(folder):
-            need(not entry.is_dir() or entry.name.startswith((".", "__")) or entry.name in self.classes,
-                 f"{entry.path}: a class folder without images; fill or remove it")
-        self.paths = np.array([os.fsencode(path) for path in paths])   # one block, which forked workers share
+            hidden = entry.name.startswith((".", "__"))
+            require(hidden or not entry.is_dir() or entry.name in self.classes,
+                    f"{entry.path}: a class folder without images; fill or remove it")
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([number[name] for name in names])
+        self.paths = np.array([os.fsencode(path) for path in paths])   # one block, shared by forked workers
         self.n = len(paths)
 
-    def item(self, i, flip=False):
-        path = os.path.join(self.folder, os.fsdecode(self.paths[i]))
-        image = to_tensor(crop(read_image(path), self.image_size))
-        return (image.flip(-1) if flip else image), int(self.labels[i])
-
-def class_names(meta, labels, path):
-    """The names of classes 0, 1, ...: meta's "classes", or numbers. UserError for labels that do not fit."""
-    low, high = int(labels.min()), int(labels.max())
-    names = meta.get("classes") or [str(i) for i in range(min(high + 1, 1_000_000))]
-    need(type(names) is list and {*map(type, names)} == {str}, f"{path}: its class names are no list")
-    need(0 <= low and high < len(names), f"{path}: labels {low} to {high}, not of its {len(names)} classes")
-    return names
-
-def record(size):
-    """The dtype of an image (3, size, size) and its label in a packed array."""
-    return np.dtype([("image", "u1", (3, size, size)), ("label", "<i8")])
-
-class Packed(Dataset):
-    """An array made by `data.py pack`: records of uint8 image (3, H, W) and label, memory-mapped."""
-
-    def __init__(self, path):
-        self.records = open_array(path)
-        self.n, kind, self.flips = len(self.records), self.records.dtype, True
-        with checked(path, "packed by `python data.py pack`"):
-            self.image_size = kind["image"].shape[2]
-            need(self.n and self.records.ndim == 1 and kind == record(self.image_size),
-                 f"{path}: not packed by `python data.py pack`, or empty")
-        meta = read_json(f"{path}.json") if os.path.exists(f"{path}.json") else {}
-        self.classes = class_names(meta, self.records["label"], path)
+    def path(self, i):
+        return os.path.join(self.folder, os.fsdecode(self.paths[i]))
 
     def item(self, i, flip=False):
-        image, label = self.records[i]
-        return torch.from_numpy(image[..., ::-1].copy() if flip else np.array(image)), int(label)
+        image = to_tensor(crop(read_image(self.path(i)), self.image_size))
+        if flip:
+            image = image.flip(-1)
+        return image, int(self.labels[i])
 
-class Map(np.memmap):
-    """A read-only array in a file; loading processes are sent its place, not its bytes, and open it anew."""
+    def fingerprint(self):
+        return digest(self.paths.tobytes(), super().fingerprint())
+
+    def content(self, i):
+        with reading(self.path(i), "readable"):
+            return Path(self.path(i)).read_bytes()
+
+class Memmap(np.memmap):
+    """A read-only array in a file. It is pickled as path and offset, so that loading processes reopen it."""
 
     def __reduce__(self):
-        return Map, (self.filename, self.dtype, "r", self.offset, self.shape)
+        return Memmap, (self.filename, self.dtype, "r", self.offset, self.shape)
 
-def open_array(path):
-    """A .npy file as a Map; FileError where it is damaged."""
-    with checked(path, "a readable array"):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        need(isinstance(array, np.memmap) and array.ndim, f"{path}: not one array in a .npy file")
-        need(array.offset + array.nbytes == os.path.getsize(path), f"{path}: not of the size its header says")
-        return array.view(Map)
+# Of .safetensors files, which contain all stored data: packed images and latents.
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 def open_safetensors(path):
-    """{name: Map} of a .safetensors file; FileError where it is cut or damaged."""
-    kinds, arrays = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}, {}
-    with checked(path, "a readable safetensors file"), open(path, "rb") as file:
+    """({name: Memmap}, metadata {name: text}) of a .safetensors file. bfloat16 becomes uint16.
+    FileError if it is cut or damaged."""
+    arrays = {}
+    with reading(path, "a readable safetensors file"), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(min(length, os.path.getsize(path))))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
-            dtype, shape, (begin, end) = kinds[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            need(min(begin, *shape) >= 0 and end - begin == np.dtype(dtype).itemsize * math.prod(shape),
-                 f"{path}: the bytes of {name} do not fit its shape {shape}")
-            arrays[name] = Map(path, dtype, "r", 8 + length + begin, shape)      # fails past the end
-    return arrays
+            dtype = np.dtype(DTYPES[entry["dtype"]])
+            shape = tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if min(begin, *shape) < 0 or end - begin != dtype.itemsize * math.prod(shape):
+                raise ValueError(f"the bytes of {name} do not fit its shape {shape}")
+            arrays[name] = Memmap(path, dtype, "r", 8 + length + begin, shape)   # fails past the end
+    return arrays, metadata
 
-def read_json(path):
-    """A JSON file's content, a dict; FileError where it is damaged."""
-    with checked(path, "readable JSON"):
-        return json.loads(Path(path).read_text()) | {}                # no list, nor a number
+def safetensors_header(classes, **arrays):
+    """The first bytes of a .safetensors file with these arrays, each (dtype, shape), and class names."""
+    header = {"__metadata__": {"classes": json.dumps(classes)}}
+    end = 0
+    for name, (dtype, shape) in arrays.items():
+        begin, end = end, end + np.dtype(DTYPES[dtype]).itemsize * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                    # arrays begin at multiples of 8
+    return len(text).to_bytes(8, "little") + text
 
-def read_tensors(path, mmap=False):
-    """A torch file read as data: nothing in it is executed. FileError where it is damaged or holds more.
-    The one class allowed beside tensors and containers is argparse.Namespace, of JiT's published files.
-    mmap: leave the tensors in the file until they are used, so that many processes share one copy."""
-    reason = "damaged, or not plain tensors" if os.path.isfile(path) else "no such file"
-    with checked(path, "readable", reason), torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+def class_names(metadata, labels, path):
+    """The names of classes 0, 1, ...: those in the metadata, or numbers. UserError if the labels do not fit."""
+    low, high = int(labels.min()), int(labels.max())
+    with reading(path, "a file with class names"):
+        names = json.loads(metadata.get("classes", "0")) or list(map(str, range(min(high + 1, 1_000_000))))
+        if type(names) is not list or set(map(type, names)) != {str}:
+            raise ValueError(names)
+    require(0 <= low and high < len(names), f"{path}: labels {low} to {high}, but {len(names)} classes")
+    return names
 
-class Latents(Dataset):
-    """Latents made by `data.py encode`, or LightningDiT's published shards; .mean and .std are (1, C, 1, 1).
-    item: (float16/32 (C, h, w), not normalised, label); flip picks the latent of the mirrored image."""
+class Packed(Dataset):
+    """Images and labels in a file made by `data.py pack`, memory-mapped. item: (uint8 (3, H, W), label)."""
+    flips = True
 
-    def __init__(self, folder):
-        folder, names = Path(folder), ("latents", "latents_flip", "labels")
-        shards = sorted(folder.glob("*.safetensors"))
-        self.flips, self.parts = True, [open_safetensors(path) for path in shards]
-        if shards:
-            meta = read_tensors(folder / "latents_stats.pt")
-        else:
-            need((folder / "meta.json").exists(), f"{folder}: no meta.json, so half-written: encode again")
-            meta = read_json(folder / "meta.json")
-            self.parts = [{name: open_array(folder / f"{name}.npy") for name in names}]
-        for path, part in zip(shards or [folder], self.parts):
-            with checked(path, "latents, latents_flip and labels that fit together and the other shards"):
-                (n, *shape), flipped, labels = (part[name].shape for name in names)
-                C, h, w = self.shape = self.parts[0]["latents"].shape[1:]
-                if not (n and labels == (n,) and flipped == (n, *shape) == (n, C, h, w)):
-                    raise ValueError("empty, or of other shapes")
-        self.starts = np.cumsum([0] + [len(part["labels"]) for part in self.parts])
-        self.n = int(self.starts[-1])
-        with checked(folder, "whole", f"its {C} channels need a mean and std each"):
-            self.mean, self.std = (torch.as_tensor(meta[key]).float().view(1, C, 1, 1)
-                                   for key in ("mean", "std"))
-        self.classes = class_names(meta, np.concatenate([part["labels"] for part in self.parts]), folder)
+    def __init__(self, path):
+        arrays, metadata = open_safetensors(path)
+        with reading(path, "a file of `python data.py pack`"):
+            self.images, self.labels = arrays["images"], arrays["labels"]
+            self.n, _, self.image_size, _ = self.images.shape
+            if len(self.labels) != self.n:
+                raise ValueError(f"{len(self.labels)} labels of {self.n} images")
+        self.classes = class_names(metadata, self.labels, path)
 
     def item(self, i, flip=False):
-        shard = int(np.searchsorted(self.starts, i, side="right")) - 1
-        part, i = self.parts[shard], i - self.starts[shard]
-        latent = part["latents_flip" if flip else "latents"][i]
-        return torch.from_numpy(np.array(latent)), int(part["labels"][i])
+        image = self.images[i]
+        if flip:
+            image = image[..., ::-1]
+        return torch.from_numpy(image.copy()), int(self.labels[i])
+
+def read_tensors(path, mmap=False):
+    """The dict in a torch or .safetensors file. Nothing in it is executed. FileError if it is damaged or
+    contains more than tensors, containers and argparse.Namespace, which JiT's published files contain.
+    mmap: tensors stay in the file until they are used, so that several processes share one copy."""
+    require(os.path.isfile(path), f"{path}: no such file")
+    if str(path).endswith(".safetensors"):
+        tensors = {}
+        for name, array in open_safetensors(path)[0].items():
+            tensor = torch.from_numpy(np.array(array))
+            tensors[name] = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+        return tensors
+    with reading(path, "a file of plain tensors"), torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap) | {}
+
+def open_vavae(path):
+    """The VA-VAE in a published file. FileError if it is another file."""
+    weights = read_tensors(path)
+    with reading(path, "a VA-VAE f16d32"):
+        return VAVAE(weights)
+
+LATENTS = ("latents", "latents_flip", "labels")           # in each shard
+
+class Latents(Dataset):
+    """Latents made by `data.py encode`, or LightningDiT's published shards. mean and std are (1, C, 1, 1).
+    item: (float32 (C, h, w), not normalised, label). flip picks the latent of the mirrored image."""
+    flips = True
+
+    def __init__(self, folder):
+        statistics = read_tensors(Path(folder, "latents_stats.pt"))    # written last: the folder is complete
+        self.shards = []
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            arrays, metadata = open_safetensors(path)
+            self.shards.append(arrays)
+            with reading(path, "latents, latents_flip and labels that fit together and the other shards"):
+                latents, mirrored, labels = (arrays[name] for name in LATENTS)
+                C, _, _ = self.shape = self.shards[0]["latents"].shape[1:]
+                if not latents.shape == mirrored.shape == (len(labels), *self.shape):
+                    raise ValueError(f"{latents.shape}, {mirrored.shape}, {labels.shape}")
+        labels = np.concatenate([arrays["labels"] for arrays in self.shards])
+        self.starts = np.cumsum([0] + [len(arrays["labels"]) for arrays in self.shards])
+        self.n = len(labels)
+        self.classes = class_names(metadata, labels, folder)
+        with reading(folder, f"whole: its {C} channels need a mean and a std each"):
+            self.mean = statistics["mean"].float().view(1, C, 1, 1)
+            self.std = statistics["std"].float().view(1, C, 1, 1)
+        require((self.std > 0).all() and (self.mean + self.std).isfinite().all(),
+                f"{folder}: its mean and std must be finite, and std above 0")
+
+    def item(self, i, flip=False):
+        number = int(np.searchsorted(self.starts, i, side="right")) - 1
+        shard = self.shards[number]
+        i = i - self.starts[number]
+        latent = shard["latents_flip" if flip else "latents"][i]
+        return torch.from_numpy(latent.astype(np.float32)), int(shard["labels"][i])
+
+# What --data may name beside paths. A row of yours is called with --image_size and --data_dir.
+DATASETS = {
+    "shapes": lambda image_size, folder: Shapes(6_400, image_size),
+    "fashion": lambda image_size, folder: Fashion(image_size, folder),
+}
 
 def open_dataset(source, image_size, folder=None):
-    """What --data names: built-in, a folder of images or latents, a packed array. UserError for others."""
+    """What --data names: a row of DATASETS, a folder of images or latents, a packed file; else UserError."""
+    if source in DATASETS:
+        return DATASETS[source](image_size, folder)
     path = Path(source)
-    if source == "shapes":
-        return Shapes(6_400, image_size)
-    if source == "fashion":
-        return Fashion(image_size, folder)
     if path.is_dir():
-        latents = (path / "latents.npy").exists() or any(path.glob("*.safetensors"))
-        return Latents(path) if latents else ImageFolder(path, image_size)
-    need(path.exists(), f"{path}: no such file or folder")
+        shards = any(path.glob("*.safetensors"))
+        return Latents(path) if shards else ImageFolder(path, image_size)
+    require(path.exists(), f"{path}: no such file or folder")
     data = Packed(path)
-    need(data.image_size == image_size, f"{path} was packed for --image_size {data.image_size}")
+    require(data.image_size == image_size, f"{path} was packed for --image_size {data.image_size}")
     return data
 
-def order(n, batch_size, seed, start, stop, rank=0, world=1):
-    """The order of training: one permutation after another, batch m is positions [m B, (m+1) B) of them all.
-    Yields one process's share of each batch as a list of (epoch, index), for steps start, ..., stop - 1."""
-    @functools.lru_cache(2)                                           # a batch may straddle two epochs
+def batch_indices(n, batch_size, seed, start, stop, rank=0, world=1):
+    """The order of training: one permutation per epoch, concatenated. Batch m is positions m B to (m+1) B - 1.
+    Yields a process's share of each batch as a list of (epoch, index), for steps start, ..., stop - 1."""
+    @functools.lru_cache(2)                                            # a batch may straddle two epochs
     def permutation(epoch):
-        return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, "order", epoch)))
+        generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+        return torch.randperm(n, generator=generator)
     share = batch_size // world
     for step in range(start, stop):
         first = step * batch_size + rank * share
-        yield [(p // n, int(permutation(p // n)[p % n])) for p in range(first, first + share)]
+        positions = (divmod(p, n) for p in range(first, first + share))
+        yield [(epoch, int(permutation(epoch)[i])) for epoch, i in positions]
+
+def read_items(data, indices):
+    """Items of a dataset, read by threads: a tensor (n, ...) and a tensor of labels (n,)."""
+    with ThreadPoolExecutor(CORES) as pool:
+        tensors, labels = zip(*pool.map(data.__getitem__, indices))
+    return torch.stack(tensors), torch.tensor(labels)
 
 def some_items(data, n=4096):
-    """Up to n items as one tensor (n, ...), fewer of large ones; drawn from all data, always the same."""
+    """Up to n items as one tensor (n, ...), fewer if they are large. Drawn from all data, always the same."""
     n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
-    indices = [i for _, i in next(order(len(data), n, 0, 0, 1))]
-    return next(read_in_batches(data, indices, n))[1]
+    batch = next(batch_indices(len(data), n, 0, 0, 1))
+    return read_items(data, [i for _, i in batch])[0]
 
-# ---- Tokenizers: .encode(images (N, 3, H, W) in [-1, 1]) -> (N, channels, H/factor, W/factor), .decode back
+# ---- Tokenizers and the Codec ------------------------------------------------------------------------------
 
 class PatchPCA(nn.Module):
-    """Principal components of image patches: orthonormal, so decoding is a transpose. Fitted in seconds."""
+    """Principal components of image patches. They are orthonormal, so that decoding is a transpose.
+    mean (3 p p,); basis (3 p p, channels) with orthonormal columns; factor p is the side of a patch."""
 
     def __init__(self, mean, basis):
-        """mean (3 p p,), basis (3 p p, channels) with orthonormal columns; p is the factor."""
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("basis", basis)
-        self.channels, self.factor = basis.shape[1], round((basis.shape[0] / 3) ** 0.5)
+        values, self.channels = basis.shape
+        self.factor = round((values / 3) ** 0.5)
 
     @classmethod
     def fit(cls, images, factor, channels):
-        """Fit to images (N, 3, H, W) in [-1, 1]; UserError for more channels than a patch has values."""
+        """Fit to images (N, 3, H, W) in [-1, 1]. UserError for more channels than a patch has values."""
         values = 3 * factor ** 2
-        need(0 < channels <= values, f"{channels} channels: a patch of {factor} px has {values} values")
+        require(0 < channels <= values, f"{channels} channels: a patch of {factor} px has {values} values")
         patches = F.pixel_unshuffle(images, factor).transpose(0, 1).flatten(1).double()     # (3 p p, patches)
         mean = patches.mean(1)
-        basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)[:, :channels]
-        return cls(mean.float(), basis.float().contiguous())
+        basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)     # the strongest first
+        return cls(mean.float(), basis[:, :channels].float().contiguous())
 
     def encode(self, images):
         """Coordinates (N, channels, H/p, W/p) of the patches of images (N, 3, H, W)."""
@@ -360,324 +459,424 @@ class PatchPCA(nn.Module):
         return F.conv2d(patches, self.basis.T[..., None, None])
 
     def decode(self, latents):
-        """Images (N, 3, H, W) of the patches at these coordinates."""
+        """Images (N, 3, H, W) of the patches with these coordinates."""
         patches = F.conv2d(latents, self.basis[..., None, None]) + self.mean[:, None, None]
         return F.pixel_shuffle(patches, self.factor)
 
-class VAVAE(Autoencoder):
-    """VA-VAE f16d32, untrained or from the published file. In bfloat16 too it takes and gives float32."""
-    factor, channels = 16, 32
-
-    def __init__(self, file=None):
-        super().__init__()
-        if file:
-            ours = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-            weights = read_tensors(file)
-            with checked(file, "a VA-VAE f16d32"):
-                weights = weights.get("state_dict", weights)
-                self.load_state_dict({key: value for key, value in weights.items() if key.startswith(ours)})
-        self.eval().requires_grad_(False)
-
-    def moments(self, images):
-        """Mean and log-variance of the posterior, each (N, 32, H/16, W/16); logvar in [-30, 20]."""
-        mean, logvar = super().encode(images.to(self.quant_conv.weight.dtype))
-        return mean.float(), logvar.float()
-
-    def encode(self, images, noise=None):
-        """A sample of the posterior; noise: standard normal like the latent, drawn where None."""
-        mean, logvar = self.moments(images)
-        return mean + torch.exp(logvar / 2) * (torch.randn_like(mean) if noise is None else noise)
-
-    def decode(self, latents):
-        """Images (N, 3, H, W), about in [-1, 1], of latents (N, 32, H/16, W/16)."""
-        return super().decode(latents.to(self.quant_conv.weight.dtype)).float()
-
 class Codec(nn.Module):
-    """Between what datasets hold and the network's x: the only place where images and latents are scaled.
-    tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. decodes: whether to images."""
+    """Between what datasets contain and the network's x: the only place where images and latents are scaled.
+    tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. can_decode: whether to images."""
 
     def __init__(self, tokenizer=None, mean=None, std=None):
         super().__init__()
         self.tokenizer = tokenizer
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        self.decodes = mean is None or tokenizer is not None
+        self.can_decode = mean is None or tokenizer is not None
 
     @torch.no_grad()
     def encode(self, batch):
         """uint8 images (N, 3, H, W), or latents as stored, to x (N, C, h, w)."""
         if batch.dtype == torch.uint8:
             batch = batch.float() / 127.5 - 1
-            batch = self.tokenizer.encode(batch) if self.tokenizer else batch
-        return batch.float() if self.mean is None else (batch.float() - self.mean) / self.std
+            if self.tokenizer:
+                batch = self.tokenizer.encode(batch)
+        if self.mean is None:
+            return batch.float()
+        return (batch.float() - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, x):
-        """x (N, C, h, w) to uint8 images (N, 3, H, W): round(clip((x + 1) 127.5))."""
-        x = x if self.mean is None else x * self.std + self.mean
-        x = self.tokenizer.decode(x) if self.tokenizer else x
+        """x (N, C, h, w) to uint8 images (N, 3, H, W): round(clip((x + 1) 127.5)). Grey becomes RGB.
+        UserError if x is not finite."""
+        if self.mean is not None:
+            x = x * self.std + self.mean
+        if self.tokenizer:
+            x = self.tokenizer.decode(x)
+        require(x.isfinite().all(), "the samples are not finite numbers: are the weights?")
+        if x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
         return ((x + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
 
-# ---- Commands ----------------------------------------------------------------------------------------------
-
-class ArrayFile:
-    """A .npy file whose rows all processes write, by plain writes: a full disk is an error, not a crash."""
-
-    def __init__(self, path, dtype, shape):
-        self.path = Path(path)
-        if RANK == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with checked(path, "written"):
-                np.lib.format.open_memmap(path, "w+", dtype, shape)
-        barrier()
-        array = open_array(path)
-        self.start, self.row = array.offset, array.strides[0]                     # in bytes
-
-    def write(self, first, rows):
-        """Write an array's rows at first, first + 1, ...; FileError where there is no room."""
-        with checked(self.path, "written"), open(self.path, "r+b") as file:
-            file.seek(self.start + first * self.row)
-            file.write(rows.tobytes())
-
-def read_in_batches(data, indices, batch_size):
-    """Batches (indices, tensor (n, ...), list of labels) of the items at indices, read by threads."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        for part in in_batches(indices, batch_size):
-            images, labels = zip(*pool.map(data.__getitem__, part))
-            yield part, torch.stack(images), list(labels)
+# ---- Commands: pack and encode -----------------------------------------------------------------------------
 
 def pack(source, image_size, out):
-    """Write a folder's images, cropped to image_size, and labels as one array that can be memory-mapped."""
+    """Write a folder's images, cropped to image_size, and labels as one file that can be memory-mapped."""
     data = ImageFolder(source, image_size)
-
-    def write(temporary):
-        array = ArrayFile(temporary, record(image_size), (len(data),))
-        for indices, images, labels in read_in_batches(data, range(len(data)), 64):
-            records = np.empty(len(labels), record(image_size))
-            records["image"], records["label"] = images, labels
-            array.write(indices[0], records)
-        write_atomically(f"{out}.json", lambda path: path.write_text(json.dumps({"classes": data.classes})))
-    write_atomically(out, write)
-    print0(f"wrote {out}: {len(data):,} images of {image_size} px; train with --data {out}")
+    n = len(data)
+    with new_file(out) as file:
+        file.write(safetensors_header(
+            data.classes, images=("U8", (n, 3, image_size, image_size)), labels=("I64", (n,))))
+        for indices in in_batches(range(n), 64):
+            images, _ = read_items(data, indices)
+            file.write(images.numpy().tobytes())
+        file.write(data.labels.astype("<i8").tobytes())
+    print(f"wrote {out}: {n:,} images of {image_size} px; train with --data {out}")
 
 @torch.no_grad()
 def encode(source, tokenizer, image_size, out, batch_size=32):
-    """Write VA-VAE latents of every image and its mirror image, labels, statistics; processes share the work.
-    meta.json is written last: a folder without it is half-written, and is not taken for a whole one."""
-    data, out, factor = open_dataset(source, image_size), Path(out), tokenizer.factor
+    """Write VA-VAE latents of every image and its mirror image, and labels, as LightningDiT's shards; each
+    process writes its own. The statistics come last: without them a folder is half-written."""
+    data = open_dataset(source, image_size)
+    out, factor = Path(out), tokenizer.factor
+    require(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
+    require(not isinstance(data, Latents), f"{source}: these are latents already")
+    require(not any(out.glob("*.safetensors")), f"--out {out} contains latents: name another folder")
+    barrier()                                                      # all have looked before the first writes
     device = next(tokenizer.parameters()).device
-    need(not (out / "meta.json").exists(), f"--out {out} holds finished latents; remove it or choose another")
-    need(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
-    need(not isinstance(data, Latents), f"{source}: latents already")
-    shape = (len(data), tokenizer.channels, image_size // factor, image_size // factor)
-    files = {name: ArrayFile(out / f"{name}.npy", kind, shape[:dims]) for name, kind, dims in (
-        ("latents", np.float16, 4), ("latents_flip", np.float16, 4), ("labels", np.int64, 1))}
-    sums = torch.zeros(3, shape[1], dtype=torch.float64)          # sum, sum of squares, count, per channel
-    for indices, images, labels in read_in_batches(data, part_of(len(data)), batch_size):
+    shape = (tokenizer.channels, image_size // factor, image_size // factor)
+    sums = torch.zeros(2, shape[0], dtype=torch.float64)           # of the values and of their squares
+    mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
+    shard, number = {name: [] for name in LATENTS}, 0
+    for indices in in_batches(mine, batch_size):
+        images, labels = read_items(data, indices)
+        shard["labels"].append(labels)
         for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
-            noise = seeded_normal(shape[1:], [seed_of(0, name, i) for i in indices], device)
-            latents = tokenizer.encode(Codec().encode(batch.to(device)), noise).cpu()
-            files[name].write(indices[0], latents.half().numpy())
-            flat = latents.double().transpose(0, 1).flatten(1)
-            sums += torch.stack([flat.sum(1), flat.square().sum(1), torch.ones_like(flat).sum(1)])
-        files["labels"].write(indices[0], np.array(labels))
-    total = all_reduce(sums)
-    mean, square = total[:2] / total[2]
-    meta = {"n": len(data), "image_size": image_size, "classes": data.classes, "mean": mean.tolist(),
-            "std": (square - mean ** 2).clamp(min=0).sqrt().tolist()}
+            noise = seeded_normal(shape, [seed_of(0, name, i) for i in indices], device)
+            latents = tokenizer.encode(Codec().encode(batch).to(device), noise).cpu()
+            shard[name].append(latents.half())
+            latents = latents.double()
+            sums += torch.stack([latents, latents.square()]).sum((1, 3, 4))
+        if len(shard["labels"]) * batch_size >= 4096 or indices[-1] == mine[-1]:
+            latents, mirrored, labels = map(torch.cat, shard.values())
+            dtype = "F16", latents.shape
+            with new_file(out / f"latents_rank{RANK:02}_shard{number:03}.safetensors") as file:
+                file.write(safetensors_header(
+                    data.classes, latents=dtype, latents_flip=dtype, labels=("I64", labels.shape)))
+                for array in (latents, mirrored, labels):
+                    file.write(array.numpy().tobytes())
+            shard, number = {name: [] for name in LATENTS}, number + 1
+    mean, square = all_reduce(sums) / (2 * len(data) * math.prod(shape[1:]))
+    std = (square - mean ** 2).clamp(min=0).sqrt()
     if RANK == 0:
-        write_atomically(out / "meta.json", lambda temporary: temporary.write_text(json.dumps(meta)))
-    barrier()
-    print0(f"wrote {out}: {len(data):,} latents of {shape[1:]}, also mirrored; train with --data {out}")
+        with new_file(out / "latents_stats.pt") as file:
+            torch.save({"mean": mean, "std": std}, file)
+    print0(f"wrote {out}: {len(data):,} latents of {shape}, also mirrored; train with --data {out}")
 
-def parse():
-    """The command line of `pack` and `encode`."""
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("command", choices=("pack", "encode"), help="store a folder's images, cropped, or their latents")
-    add("source", help="a folder of images; for encode, a packed array will do")
-    add("--image_size", type=int, default=256, help="pixels (default 256)")
-    add("--out", required=True, help="the .npy file of pack, the folder of encode")
-    add("--tokenizer", help="for encode: VA-VAE weights file")
-    add("--batch_size", type=int, default=32, help="for encode: images at a time on a process (default 32)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="for encode: the tokenizer's")
-    add("--device", help="for encode (default: cuda, else cpu)")
-    args = parser.parse_args()
-    check_ranges(args, image_size=1, batch_size=1)
-    need(args.command == "pack" or args.tokenizer, "encode needs --tokenizer: VA-VAE weights file")
+FLAGS = """
+    command        pack|encode          store a folder's images, cropped, or their latents
+    source         text                 a folder of images; encode also takes a packed file
+    --image_size   count                pixels (default 256)
+    --out          text                 the file of pack, the folder of encode
+    --tokenizer    text                 encode: VA-VAE weights file
+    --batch_size   count                encode: images at a time on each process (default 32)
+    --dtype        float32|bfloat16     encode: of the tokenizer (default float32)
+"""
+
+def parse(argv=None):
+    """The command line of `pack` and `encode`. argv: a list of words; None: the program's."""
+    parser = new_parser(__doc__, FLAGS)
+    parser.set_defaults(image_size=256, batch_size=32, dtype="float32")
+    args = parser.parse_args(argv)
+    packs = args.command == "pack"
+    require(args.out, "--out says where to write")
+    require(packs or args.tokenizer, "encode needs --tokenizer: a VA-VAE weights file")
+    require(not (packs and args.tokenizer), "--tokenizer has no effect on pack")
+    require(not (packs and Path(args.out).is_dir()), f"--out {args.out}: a folder; name a file")
     return args
 
 def main():
     """`python data.py pack` and `python data.py encode`."""
     args = parse()
     if args.command == "pack":
-        pack(args.source, args.image_size, args.out)
-    else:
-        device = setup(args.device)
-        tokenizer = VAVAE(args.tokenizer).to(device, getattr(torch, args.dtype))
-        encode(args.source, tokenizer, args.image_size, args.out, args.batch_size)
+        return pack(args.source, args.image_size, args.out)
+    device = setup(args.device)
+    tokenizer = open_vavae(args.tokenizer).to(device, getattr(torch, args.dtype))
+    encode(args.source, tokenizer, args.image_size, args.out, args.batch_size)
 
-# ---- Processes and device ----------------------------------------------------------------------------------
+# ---- Processes: torchrun's, and the device of each ---------------------------------------------------------
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))      # set by torchrun
-THREADS = max(1, (os.cpu_count() or 1) // LOCAL_WORLD)    # of a process, to read or write images with
+RANK = int(os.environ.get("RANK", 0))                         # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))             # on this machine
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+CORES = max(1, (os.cpu_count() or 1) // LOCAL_WORLD)          # of each process
 
 def setup(device=None):
-    """Join torchrun's processes, if any; returns the torch.device: cuda where there is one, or as named."""
+    """Join the other processes, if any. Returns the torch.device: as named, else cuda if there is one."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            need(LOCAL_WORLD <= max(torch.cuda.device_count(), 1), "--nproc_per_node: more than GPUs here")
             device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
-            torch.cuda.set_device(device)                 # first: else each process would occupy GPU 0, too
+            torch.cuda.set_device(device)             # first: else each process would also occupy GPU 0
             torch.set_float32_matmul_precision("high")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not usable here: {in_short(error)}") from None
+    except Exception as error:                        # torch raises many kinds
+        raise UserError(f"--device {name} is not usable here: {in_short(error)}") from error
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))    # longer than pictures and saving
     return device
 
 def all_reduce(x, op=dist.ReduceOp.SUM):
-    """The tensor x, which becomes the sum (or what op says) over the processes."""
+    """The tensor x, which becomes the sum over the processes, or what op says."""
     if WORLD > 1 and dist.is_initialized():
         dist.all_reduce(x, op)
     return x
 
 def barrier():
-    """Wait for all processes; on the CPU, so that it needs no device."""
+    """Wait for all processes. On the CPU, so that it needs no device."""
     all_reduce(torch.zeros(1))
 
-def part_of(n, rank=RANK, world=WORLD):
-    """This process's part of n things that all processes share: a range of their indices."""
-    return range(n * rank // world, n * (rank + 1) // world)
+def first_decides(value):
+    """The integer that the first process passes, on all processes."""
+    return int(all_reduce(torch.tensor(int(value) if RANK == 0 else 0)))
+
+def gather(x):
+    """The CPU tensors x (n, ...) of all processes, one after the other: on the first process, else None."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.gather(x, parts if RANK == 0 else None)
+    return torch.cat(parts) if RANK == 0 else None
+
+def in_batches(indices, batch_size, what="images"):
+    """Slices of indices. Prints a line every 10 seconds and at the end: progress, rate, time left."""
+    start = printed = time.time()
+    n = len(indices)
+    for first in range(0, n, batch_size):
+        yield indices[first:first + batch_size]
+        now = time.time()
+        done = min(first + batch_size, n)
+        if RANK == 0 and (now - printed > 10 or done == n > batch_size):
+            printed = now
+            rate = done / (now - start + 1e-9)
+            print(f"{what} {done:,}/{n:,} | {rate:,.1f}/s | {(n - done) / rate:,.0f} s left", file=sys.stderr)
+
+def my_batches(n, batch_size, what="images"):
+    """This process's share of the indices below n, in ranges of one length: every WORLD-th range.
+    All processes get equally many. The last ranges may pass n: whoever writes drops that surplus."""
+    size = min(batch_size, math.ceil(n / WORLD))
+    for part in in_batches(range(n), size * WORLD, what):
+        first = part.start + RANK * size
+        yield range(first, first + size)
 
 def print0(*args):
     """Print on the first process only."""
     if RANK == 0:
         print(*args, flush=True)
 
+def digest(*parts):
+    """A hash of values, as a short text, equal on every machine."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
 def seed_of(*key):
     """A 63-bit seed from numbers and words, equal on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
-
-def in_batches(indices, batch_size, what="images"):
-    """Slices of indices; of several, a line every 10 seconds and at the end: progress, rate, time left."""
-    start, told, total = time.time(), time.time(), len(indices)
-    for done in range(0, total, batch_size):
-        yield indices[done:done + batch_size]
-        done, now = min(done + batch_size, total), time.time()
-        if RANK == 0 and total > batch_size and (done == total or now - told > 10):
-            told, rate = now, done / max(now - start, 1e-9)
-            left = timedelta(seconds=int((total - done) / rate))
-            print(f"{what} {done:,}/{total:,} | {rate:,.1f}/s | {left} left", file=sys.stderr)
+    return int.from_bytes(bytes.fromhex(digest(*key)), "little") >> 1
 
 # ---- Errors: one line that names the flag or file, the value and the remedy, and exit status 2 -------------
 
 class UserError(ValueError):
-    """Something the user can mend, met by all processes alike: the first of each machine prints it."""
+    """Something that the user can mend. All processes raise it; the first of each machine prints it."""
 
 class FileError(UserError):
-    """The same of a file, met perhaps by one process alone: whoever meets it prints it."""
+    """The same for a file. Perhaps one process alone raises it; that one prints it."""
 
-def need(ok, message):
+def require(ok, message):
     """UserError(message) unless ok."""
     if not ok:
         raise UserError(message)
 
 @contextmanager
-def checked(path, what, reason=None, remedy=""):
-    """Within: an error of any kind (on bad bytes libraries raise many) is a FileError, `path: not what`."""
+def reading(path, what, remedy=""):
+    """Around the reading of a file: an error of any kind becomes a FileError, "path: not what (error)remedy".
+    Libraries raise many kinds for bad bytes. Our own code stays outside, so that its errors are shown."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise FileError(f"{path}: not {what} ({reason or in_short(error)}){remedy}") from None
+        raise FileError(f"{path}: not {what} ({in_short(error)}){remedy}") from error
 
 def in_short(error):
-    """An error's text on one line, for the end of ours."""
+    """The text of an error on one line, for the end of ours."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())[:150] or type(error).__name__
 
-def new_parser(doc):
-    """An argparse parser whose complaints are one line, like every other error of ours."""
-    how = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(description=doc, **how)
-    parser.error = lambda message: need(False, f"{message} (see --help)")
+def at_least(low, kind=float):
+    """The type of a flag that takes a finite number from low on."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: a number of at least {low} is needed")
+        return value
+    return convert
+
+def nonempty(text):
+    """The type of a flag that takes a name or a path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text.strip()
+
+# The kinds of flags in the tables FLAGS of the scripts. A kind "a|b" takes one of these words.
+KINDS = {
+    "text": {"type": nonempty},
+    "texts": {"type": nonempty, "nargs": "*"},
+    "count": {"type": at_least(1, int)},
+    "whole": {"type": at_least(0, int)},
+    "integer": {"type": int},
+    "amount": {"type": at_least(0)},
+    "amounts": {"type": at_least(0), "nargs": "+"},
+    "number": {"type": at_least(-math.inf)},
+    "switch": {"action": "store_true"},
+    "yes/no": {"action": argparse.BooleanOptionalAction},
+}
+
+def new_parser(doc, flags):
+    """An argparse parser for a table of flags: in each line a name, a kind and a help. A flag that is not given
+    is None, or False for a switch. Errors are one line, like ours."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: require(False, f"{message} (see --help)")
+    parser.add_argument("--device", help="cuda, cpu, mps, ... (default: cuda if there is one, else cpu)")
+    for line in filter(str.strip, flags.splitlines()):
+        names, kind, text = line.split(None, 2)
+        how = KINDS.get(kind) or {"choices": kind.split("|")}
+        parser.add_argument(*names.split(","), help=text.replace("%", "%%"), **how)
     return parser
 
-def check_ranges(args, **least):
-    """UserError for a flag of args below its least value, or not a number; flags that are None pass."""
-    for name, low in least.items():
-        value = getattr(args, name)
-        need(value is None or value >= low, f"--{name} {value}: at least {low}")
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
-def write_atomically(path, write):
-    """write(temporary path), then rename to path: a reader sees the old file or the new one, never half."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{path.suffix}")   # numpy appends a suffix that is not there
+def on_signals(handler):
+    """What the signals that ask this process to end do from now on. nohup's choice to ignore SIGHUP stays."""
+    for number in SIGNALS:
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+def stop(number, frame):
+    """A signal as an exception, so that half-written files are removed."""
+    raise SystemExit(128 + number)
+
+def run(main):
+    """Call main(). A UserError ends the program with its one line and exit status 2, once under torchrun.
+    With KDIFF_DEBUG=1 in the environment the traceback and its causes are printed, too."""
+    status = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with open(temporary, "r+b") as file:                      # writable, or Windows refuses
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):        # torch.save's full disk is the latter
-            raise
-        raise FileError(f"{path} could not be written, whatever it held before is intact: "
-                        + in_short(error)) from None
+        on_signals(stop)
+        sys.stdout.reconfigure(errors="backslashreplace")     # paths need not be text
+        main()
+        barrier()                                             # nobody leaves while others still need it
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except SystemExit as error:
+        status = error.code
+    except (UserError, RuntimeError, OSError, EOFError) as error:
+        status = 2
+        workers = end_workers()                               # first: torch's handler would raise again
+        line = explain(error)
+        if os.environ.get("KDIFF_DEBUG"):
+            traceback.print_exc()
+        if LOCAL_RANK == 0 or type(error) is not UserError:
+            print("error:", line.replace("\n", " "), file=sys.stderr, flush=True)
+        exit_now(status, workers)
+    finally:
+        workers = end_workers()                               # a traceback must not wait for them either
+    exit_now(status, workers)
 
 def explain(error):
-    """One line for a UserError, or what is no bug of ours: a path, memory, a lost process. Else raises."""
-    if isinstance(error, UserError):          # from a loading process it comes in a traceback: the last line
-        text = str(error).rstrip()
+    """One line for a UserError, or for what is no bug of ours: a path, memory, a lost process. Else raises."""
+    text = str(error).rstrip()
+    if isinstance(error, UserError):
+        # an error of a loading process ends in its own line
         return text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w")
+        return "nobody reads the output any more"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
-    if WORLD > 1 and (isinstance(error, dist.DistError) or "onnection " in str(error)):      # closed or reset
-        return f"process {RANK} lost the others; the first error above says why"
-    if "DataLoader worker" in str(error) or isinstance(error, (ConnectionResetError, EOFError)):
-        return f"a loading process died, out of memory perhaps: try fewer --workers ({in_short(error)})"
+    if WORLD > 1 and (isinstance(error, dist.DistError) or re.search("[Cc]onnection|[Tt]imed out", text)):
+        return f"process {RANK} lost the others; the first error above says why ({in_short(error)})"
+    if "DataLoader worker" in text or isinstance(error, (ConnectionResetError, EOFError)):
+        return f"a loading process died, perhaps for memory: try fewer --workers ({in_short(error)})"
     raise error
 
-def run(main):
-    """Call main(); a UserError ends the program with its one line and exit status 2, once under torchrun."""
-    try:
-        main()
-        barrier()                                                 # nobody leaves while another needs it
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except KeyboardInterrupt:
-        leave(130)
-    except (UserError, RuntimeError, OSError, EOFError) as error:
-        end_workers()                                             # first: torch's handler would raise again
-        if LOCAL_RANK == 0 or type(error) is not UserError:
-            print("error:", explain(error), file=sys.stderr, flush=True)
-        leave(2)
-    finally:
-        end_workers()                                             # a traceback must not wait for them either
-
 def end_workers():
-    """Kill this process's loading processes: they ignore SIGTERM (see train.py), and one may hold a lock."""
-    for worker in multiprocessing.active_children():
-        if hasattr(signal, "SIGCHLD"):                            # not on Windows
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's handler would raise
+    """Kill this process's loading processes: they ignore signals, and one may hold a lock. Returns them."""
+    workers = multiprocessing.active_children()
+    if hasattr(signal, "SIGCHLD"):                            # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's handler would raise
+    for worker in workers:
         worker.kill()
+    return workers
 
-def leave(status):
-    """End this process at once: it must not wait for its loading processes, nor for those it ran beside."""
-    if not multiprocessing.active_children() and not dist.is_initialized():
+def exit_now(status, workers=()):
+    """End this process without waiting for its loading processes or for other processes."""
+    if not (workers or end_workers() or dist.is_initialized()):
         sys.exit(status)
-    end_workers()
     sys.stdout.flush()
     os._exit(status)
+
+# ---- Files -------------------------------------------------------------------------------------------------
+
+@contextmanager
+def writing(path):
+    """Around the writing of a file: no room, or no permission, is a FileError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                  # torch.save raises the latter on a full disk
+        raise FileError(f"{path} could not be written; what it was before is intact: {in_short(error)}") from error
+
+def hold(file, path):
+    """Lock an open file or folder until it is closed. UserError if another process holds it."""
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:                                  # of other kinds: a file system without locks
+        require(not isinstance(error, BlockingIOError), f"{path}: another process is writing there")
+
+@contextmanager
+def own_folder(path):
+    """Make a folder in which only this run writes. UserError if another one does, or a machine does not see it."""
+    lock = Path(path, ".lock")
+    if RANK == 0:
+        with writing(lock):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "ab")
+        hold(file, path)
+    barrier()
+    seen = all_reduce(torch.tensor(int(lock.exists())), dist.ReduceOp.MIN)
+    require(seen, f"--out {path}: this folder is not shared by all machines")
+    yield
+    barrier()
+    if RANK == 0:
+        lock.unlink()
+
+@contextmanager
+def new_file(path):
+    """An open file that becomes path when the block ends, and is removed if the block fails: a reader sees
+    the old file or the new one, never half."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")           # hidden: no pattern of ours finds it
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()                                     # or take over what a killed process has left
+        with open(temporary, "r+b") as file:
+            hold(file, path)
+            try:
+                file.truncate(0)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+def array_header(dtype, shape):
+    """The bytes before the rows of a .npy array."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+def download(url, path, remedy, **how):
+    """Fetch url to path, whole or not at all. FileError if it cannot be fetched."""
+    with reading(url, "to be had", remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, **how)
 
 if __name__ == "__main__":
     run(main)

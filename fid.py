@@ -1,19 +1,19 @@
 """Quality of samples: Frechet Inception Distance and Inception Score, equal to torch-fidelity's.
 
-Images stream through Inception-v3 (2015) into float64 sums, so memory does not grow with their number, and
-neither batch size nor the number of processes changes the result. `--features pixels` needs no weights: the
-distance of 16x16 thumbnails, an offline yardstick, not called FID.
+Images stream through Inception-v3 (2015) into float64 sums: memory does not grow with their number, and
+neither the batch size nor the number of processes changes the result. `--features pixels` needs no weights:
+it is the distance of 16x16 thumbnails, an offline yardstick, and not called FID.
 
-    python fid.py SAMPLES REF       each a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)
-    python fid.py --make_ref DATA --image_size 256 --out ref.npz   the reference statistics of training images
-    torchrun --nproc_per_node 8 fid.py SAMPLES REF                 the images are split over the processes
+    python fid.py --make_ref imagenet/train --image_size 256 --out ref.npz   the statistics of training images
+    torchrun --nproc_per_node=8 fid.py out/pixel/ckpt*.pt ref.npz            checkpoints: a table and a curve
+    python fid.py SAMPLES ref.npz             samples: a folder of images, a packed file, an .npz (arr_0)
 """
 # N images, H, W their size in pixels, D features
 import hashlib
 import json
 import math
+import re
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -23,84 +23,68 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (LOCAL_RANK, RANK, THREADS, FileError, Packed, all_reduce, barrier, check_ranges, checked,
-                  in_batches, list_images, need, new_parser, open_dataset, part_of, print0, read_image,
-                  read_tensors, run, setup, to_tensor, write_atomically)
+from data import (RANK, Dataset, FileError, Packed, UserError, all_reduce, download, first_decides, list_images,
+                  my_batches, new_file, new_parser, open_dataset,
+                  print0, read_image, read_items, read_tensors, reading, require, run, setup, to_tensor)
+from sample import SAMPLER, append_row, draw_curves, open_sampler, read_rows
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
-    tr (sigma1 sigma2)^(1/2) is the sum of the singular values of A1^T A2, where sigma = A A^T: real, never
-    NaN, exact at every rank. UserError for other shapes or values not finite."""
-    mu1, sigma1, mu2, sigma2 = arrays = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
-    shapes = [a.shape for a in arrays]
-    need(mu1.ndim == 1 and shapes == [mu1.shape, 2 * mu1.shape] * 2 and np.isfinite(sum(map(np.sum, arrays))),
-         f"mu (D,) and sigma (D, D) of finite numbers expected twice, not {shapes}")
-    roots = []
-    for sigma in (sigma1, sigma2):
-        values, vectors = scipy.linalg.eigh(sigma)
-        keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]        # the others should be 0
-        roots.append(vectors[:, keep] * np.sqrt(values[keep]))                    # A (D, rank)
-    cross = scipy.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    return float((mu1 - mu2) @ (mu1 - mu2) + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    The trace of the root is the sum of the singular values of A1^T A2, where sigma = A A^T: a real number at
+    every rank, never NaN. UserError for other shapes or numbers that are not finite."""
+    mu1, sigma1 = gaussian(mu1, sigma1)
+    mu2, sigma2 = gaussian(mu2, sigma2, len(mu1))
+    cross = scipy.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
+    shift = (mu1 - mu2) @ (mu1 - mu2)
+    return float(shift + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+
+def gaussian(mu, sigma, dim=None):
+    """mu and sigma in float64. UserError unless they are finite numbers, (D,) and (D, D); dim: the D expected."""
+    mu, sigma = (np.asarray(a, dtype=np.float64) for a in (mu, sigma))
+    fit = mu.shape == (dim or mu.size,) and sigma.shape == 2 * mu.shape
+    require(fit and np.isfinite(mu).all() and np.isfinite(sigma).all(),
+            f"mu {mu.shape}, sigma {sigma.shape}: {dim or 'D'} and its square finite numbers are needed")
+    return mu, sigma
+
+def root(sigma):
+    """A (D, rank) with A A^T = sigma. Eigenvalues that should be 0 are left out."""
+    values, vectors = scipy.linalg.eigh(sigma)
+    keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]
+    return vectors[:, keep] * np.sqrt(values[keep])
 
 def inception_score(logits, splits=10):
     """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean and std.
-    The order of the rows matters: that of the files, or of the samples' indices. UserError for N < splits."""
-    logits, n = torch.as_tensor(logits), len(logits)
-    need(n >= splits, f"{n} images do not fill {splits} splits")
-    order, scores = torch.from_numpy(np.random.RandomState(2020).permutation(n)), []
+    The order of rows matters: that of the files, or of the samples' indices. UserError for N < splits."""
+    logits = torch.as_tensor(logits)
+    n = len(logits)
+    require(n >= splits, f"{n} images do not fill {splits} splits")
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(n))
+    scores = []
     for i in range(splits):
-        log_p = logits[order[i * n // splits:(i + 1) * n // splits]].double().log_softmax(1)
+        part = order[i * n // splits:(i + 1) * n // splits]
+        log_p = logits[part].double().log_softmax(1)
         log_mean = log_p.logsumexp(0) - math.log(len(log_p))
-        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
+        divergence = (log_p.exp() * (log_p - log_mean)).sum(1)
+        scores.append(divergence.mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
-
-class Statistics:
-    """Mean and covariance of features that arrive in batches and on several processes, in float64. Keeps the
-    scatter around the current mean, sum (f - mean)(f - mean)^T, and merges by Chan, Golub, LeVeque (1983):
-    the difference of two means enters as one more row. Nothing large is subtracted from a large one."""
-
-    def __init__(self, dim, device="cpu"):
-        device = "cpu" if torch.device(device).type == "mps" else device          # which has no float64
-        self.n = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    def add(self, features):
-        """features (N, D), any floating dtype and device."""
-        features = features.to(self.mean)
-        n, mean = len(features), features.mean(0)
-        between = (mean - self.mean) * math.sqrt(self.n * n / (self.n + n))
-        rows = torch.cat([features - mean, between[None]])
-        self.scatter.addmm_(rows.T, rows)
-        self.mean += (mean - self.mean) * (n / (self.n + n))
-        self.n += n
-
-    def finish(self):
-        """mu (D,), sigma (D, D) over N - 1, numpy float64, and N, of all processes. UserError for N < 2."""
-        total = all_reduce(torch.cat([self.mean * self.n, self.mean.new_tensor([self.n])]))
-        mean = total[:-1] / total[-1].clamp(min=1)
-        self.scatter += self.n * torch.outer(self.mean - mean, self.mean - mean)
-        all_reduce(self.scatter)
-        self.mean, self.n = mean, int(total[-1])
-        need(self.n > 1, f"{self.n} images have no covariance: 2 are needed, and 50,000 are usual")
-        return self.mean.cpu().numpy(), (self.scatter / (self.n - 1)).cpu().numpy(), self.n
 
 # ---- Features ----------------------------------------------------------------------------------------------
 
 def resize(x, size=299):
     """TensorFlow 1's bilinear resize: uint8 (N, 3, H, W) to float32 (N, 3, size, size), unscaled.
-    Destination i reads source i * H / size: no half-pixel shift, no antialiasing; that is part of FID."""
-    for _ in "WH":                                                # the last dimension, then turn the image
+    Destination i reads source i H / size: no half-pixel shift, no antialiasing. That is part of FID."""
+    for _ in ("width", "height"):                                 # the last dimension, then turn the image
         source = torch.arange(size, device=x.device) * (x.shape[-1] / size)
         low = source.long()
         high = (low + 1).clamp(max=x.shape[-1] - 1)
-        left, right = x.index_select(-1, low).float(), x.index_select(-1, high).float()
+        left = x.index_select(-1, low).float()
+        right = x.index_select(-1, high).float()
         x = (left + (right - left) * (source - low)).mT
     return x
 
-# Blocks concatenate branches, between bars: chains of pools and of convolutions, named as in the file, which
-# keep the image's size, but for "/s": stride s, no padding. "+" sets two side by side.
+# A block concatenates its branches, which are separated by bars. A branch is a chain of convolutions, named as
+# in the file, and of pools. They keep the image's size, except for "/s", which means stride s and no padding.
+# "a+b" applies both to the same input and concatenates: 7b ends in branch3x3_2a and branch3x3_2b.
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
 A = "branch1x1 | branch5x5_1 branch5x5_2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 | average branch_pool"
 B = "branch3x3/2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2 | halve"
@@ -117,46 +101,53 @@ POOLS = {"average": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
 
 class Inception(nn.Module):
     """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and bias-free logits (N, 1008).
-    weights_file: keys and shapes as published, else UserError. Float32 throughout, whatever the caller's
-    autocast and TF32, which would move an FID in its third digit."""
+    weights_file: keys and shapes as published, else FileError. Float32 throughout: the caller's autocast and
+    TF32 would move an FID in its third digit."""
     key, dim = "fid", 2048
 
     def __init__(self, weights_file):
         super().__init__()
-        with checked(weights_file, "FID's Inception-v3"):
-            for key, value in read_tensors(weights_file).items():
+        weights = read_tensors(weights_file)
+        with reading(weights_file, "FID's Inception-v3"):
+            for key, value in weights.items():
                 self.register_buffer(key.replace(".", " "), value)
             self.to(memory_format=torch.channels_last)                            # 1.4 times as fast on CPU
-            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))                      # fails where one is unfit
-            self.sha256 = sha256(weights_file)
+            self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))                      # fails if one does not fit
+        self.sha256 = sha256(weights_file)
 
     @torch.no_grad()
     def forward(self, images):
-        with (torch.autocast(images.device.type, enabled=False),
-              torch.backends.cudnn.flags(True, allow_tf32=False)):
-            x = ((resize(images) - 128) / 128).contiguous(memory_format=torch.channels_last)
-            x = self.chain(x, STEM)                                                       # (N, 192, 35, 35)
+        exact = torch.autocast(images.device.type, enabled=False)
+        with exact, torch.backends.cudnn.flags(True, allow_tf32=False):
+            x = (resize(images) - 128) / 128
+            x = x.contiguous(memory_format=torch.channels_last)
+            x = self.chain(x, STEM)                                               # (N, 192, 35, 35)
             for name, branches in BLOCKS.items():
-                x = torch.cat([self.chain(x, branch, name + " ") for branch in branches.split(" | ")], dim=1)
-            pool3 = x.mean((2, 3), keepdim=True)                                          # (N, 2048, 1, 1)
-            logits = F.conv2d(pool3, self.get_buffer("fc weight")[..., None, None])  # a matmul might use TF32
+                parts = [self.chain(x, branch, name + " ") for branch in branches.split(" | ")]
+                x = torch.cat(parts, dim=1)
+            pool3 = x.mean((2, 3), keepdim=True)                                  # (N, 2048, 1, 1)
+            weight = self.get_buffer("fc weight")[..., None, None]
+            logits = F.conv2d(pool3, weight)                                      # a matmul might use TF32
             return pool3.flatten(1), logits.flatten(1)
 
     def chain(self, x, steps, block=""):
         """x (N, C, H, W) through the steps of a branch in the table above."""
         for step in steps.split():
-            convs = [self.convolve(x, block + name) for name in step.split("+") if step not in POOLS]
-            x = torch.cat(convs, dim=1) if convs else POOLS[step](x)
+            if step in POOLS:
+                x = POOLS[step](x)
+            else:
+                x = torch.cat([self.convolve(x, block + name) for name in step.split("+")], dim=1)
         return x
 
     def convolve(self, x, name):
-        """Convolution, norm folded into it, and ReLU; name as in the table above, behind its block's."""
+        """Convolution, with the norm folded into it, and ReLU. name: a step of the table, after its block's."""
         name, _, stride = name.partition("/")
         weight, gain, bias, mean, var = (self.get_buffer(f"{name} {key}") for key in (
             "conv weight", "bn weight", "bn bias", "bn running_mean", "bn running_var"))
         gain = gain / (var + 1e-3).sqrt()
-        weight, bias = weight * gain[:, None, None, None], bias - mean * gain
-        return F.conv2d(x, weight, bias, int(stride or 1), "valid" if stride else "same").relu_()
+        weight = weight * gain[:, None, None, None]
+        padding = "valid" if stride else "same"
+        return F.conv2d(x, weight, bias - mean * gain, int(stride or 1), padding).relu_()
 
 class Pixels(nn.Module):
     """uint8 images (N, 3, H, W) to 16x16 area-averaged RGB in [0, 1], (N, 768), and None for the logits."""
@@ -171,18 +162,16 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 
 def make_extractor(features="inception", weights=None, device="cpu", any_weights=False):
-    """Pixels, or Inception with the published weights, downloaded once a machine; UserError for others."""
+    """Pixels, or Inception with the published weights, downloaded once a machine. UserError for others."""
     if features == "pixels":
         return Pixels().to(device)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name))
-    if LOCAL_RANK == 0 and not weights and not path.exists():
-        with checked(URL, f"to be had; fetch it elsewhere and put it at {path}, or name it with --weights"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, path, hash_prefix=WEIGHTS)
-    barrier()
+    if not weights and not path.exists():
+        download(URL, path, f"; fetch it elsewhere and put it at {path}, or name it with --weights",
+                 hash_prefix=WEIGHTS)
     network = Inception(path)
-    need(any_weights or network.sha256 == WEIGHTS, f"{path}: not FID's weights ({URL}) but of sha256 "
-         f"{network.sha256}; --any_weights takes them for a number that compares with nothing")
+    require(any_weights or network.sha256 == WEIGHTS, f"{path}: not FID's weights ({URL}), its sha256 is "
+            f"{network.sha256}; --any_weights takes them, for a number that compares with nothing")
     return network.to(device)
 
 def sha256(path):
@@ -190,173 +179,237 @@ def sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-# ---- Evaluation: of samples as they come, and of files -----------------------------------------------------
+# ---- What is measured --------------------------------------------------------------------------------------
 
-def evaluate(batches, extractor, reference, device="cpu"):
-    """Measure this process's batches of (uint8 (N, 3, H, W), global index of the first), of files or samples.
-    Returns, on all processes, a dict: fid or pixel_distance, n and, for 10 images or more through Inception,
-    is_mean and is_std. UserError where images or weights do not fit the reference."""
-    statistics, rows = Statistics(extractor.dim, device), []
-    for images, first in batches:
-        need(reference.size in (None, images.shape[2:]),
-             f"{reference.path}: height and width {reference.size}, the samples {tuple(images.shape[2:])}")
-        need(reference.weights in (None, extractor.sha256), f"{reference.path}: made with other weights")
-        features, logits = extractor(images.to(device))
-        statistics.add(features)
-        rows.append((first, logits))
-    mu, sigma, n = statistics.finish()
-    result = {extractor.key: frechet_distance(mu, sigma, reference.mu, reference.sigma), "n": n}
-    if extractor.key == "fid" and n >= 10:
-        table = torch.zeros(n, 1008, device=device)               # in global order, whoever made a row
-        for first, logits in rows:
-            table[first:first + len(logits)] = logits
-        all_reduce(table)                                         # each row is zero on all processes but one
-        result["is_mean"], result["is_std"] = inception_score(table.cpu())
-    return result
-
-def show(result, reference, weights=None, settings=None):
-    """Print a result of evaluate() with what made it; weights: their sha256, settings: of the samples."""
-    if "fid" in result:
-        print0(f"FID {result['fid']:.6g}", "(warning: too high, of fewer than 2,048 images)"
-               if min(result["n"] or 2048, reference.n or 2048) < 2048 else "")
-    else:
-        print0(f"pixel distance {result['pixel_distance']:.6g}")
-    if "is_mean" in result:
-        print0(f"IS {result['is_mean']:.6g} +- {result['is_std']:.4g}")
-    print0(f"samples: {result['n']:,} images", f"| settings {json.dumps(settings)}" if settings else "")
-    print0(f"reference: {f'{reference.n:,} images' if reference.n else 'statistics'} | {reference.path}",
-           f"| sha256 {sha256(reference.path)}" if RANK == 0 and Path(reference.path).is_file() else "")
-    if weights:
-        print0(f"weights: sha256 {weights}", "" if weights == WEIGHTS else "(WARNING: not FID's own)")
-
-class Source(NamedTuple):
-    """Images of one size on disk, or their statistics: published files tell mu and sigma alone."""
+class Images(NamedTuple):
+    """n images to measure, and what is known about them."""
     path: str
-    n: int = 0                                                    # 0: unknown
-    size: tuple = None                                            # (H, W)
-    mu: np.ndarray = None                                         # (D,)
-    sigma: np.ndarray = None                                      # (D, D)
-    weights: str = None                                           # sha256 of those that made mu and sigma
-    read: Callable = None                                         # (i, j) -> uint8 (j - i, 3, H, W)
-    settings: dict = None                                         # of the sampler that made the images
+    n: int
+    read: Callable                    # a range of indices below n -> uint8 (N, 3, H, W)
+    settings: dict = None             # of the sampler that made them
 
     def batches(self, batch_size):
-        """This process's share as evaluate() takes it; a GPU still computes while the next batch is read."""
-        need(self.read and self.n > 1, f"{self.path}: no images, or fewer than 2, so without covariance")
-        for indices in in_batches(part_of(self.n), batch_size):
-            yield self.read(indices[0], indices[-1] + 1), indices[0]
+        """This process's share, as moments() takes it."""
+        for indices in my_batches(self.n, batch_size):
+            inside = range(min(indices.start, self.n - 1), min(indices.stop, self.n))
+            yield self.read(inside), indices
 
-def open_images(path, names, item):
-    """The Source of item(i), uint8 (3, H, W), read by threads. UserError for latents, and for two sizes."""
-    first, pool = item(0), ThreadPoolExecutor(THREADS)
-    need(first.dtype == torch.uint8, f"{path}: latents, not images")
+class RawImages(Dataset):
+    """The image files of a folder, not cropped. FileError if one is of another size than the first."""
 
-    def read(i, j):
-        images = list(pool.map(item, range(i, j)))
-        for name, image in zip(names[i:j], images):
-            if image.shape != first.shape:
-                raise FileError(f"{name} is {image.shape[2]}x{image.shape[1]}, "
-                                f"{names[0]} is {first.shape[2]}x{first.shape[1]}: one size needed")
-        return torch.stack(images)
-    return Source(path, len(names), tuple(first.shape[1:]), read=read)
+    def __init__(self, folder):
+        self.files = list_images(folder)
+        self.n = len(self.files)
+        self.size = read_image(self.files[0]).size
 
-def open_npz(path, features):
-    """mu and sigma of an .npz, else the images in its arr_0, streamed, never held whole."""
-    def member(name):
-        need(archive.getinfo(f"{name}.npy").file_size < 2 ** 28, f"{path}: its {name} is too large")
-        with archive.open(f"{name}.npy") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
+    def item(self, i, flip=False):
+        image = read_image(self.files[i])
+        if image.size != self.size:
+            raise FileError(f"{self.files[i]} is of {image.size} pixels, {self.files[0]} of {self.size}; "
+                            "`python fid.py --make_ref FOLDER --image_size N` crops them to one size")
+        return to_tensor(image), 0
 
-    def read(i, j):
-        with checked(path, "an .npz of images"):
-            file.seek(start + i * pixels)                         # unpacks what lies between
-            batch = torch.frombuffer(bytearray(file.read((j - i) * pixels)), dtype=torch.uint8)
-            return batch.view(j - i, *shape[1:]).permute(0, 3, 1, 2)
-    with checked(path, "an .npz of images or statistics"):
+def images_of(data, path):
+    """The items of a dataset as Images. UserError if they are no images."""
+    kind = data[0][0].dtype
+    require(kind == torch.uint8, f"{path}: its items are {kind}, not uint8 images")
+    return Images(path, len(data), lambda indices: read_items(data, indices)[0])
+
+def open_images(path):
+    """The Images in a folder (not cropped), a packed file or an .npz. UserError for all else."""
+    if Path(path).is_dir():
+        return images_of(RawImages(path), path)
+    return open_npz(path) if path.endswith(".npz") else images_of(Packed(path), path)
+
+def open_npz(path):
+    """The images in arr_0 of an .npz, read as they are needed."""
+    with reading(path, "an .npz of images"):
         archive = zipfile.ZipFile(path)
-        names = {name.removesuffix(".npy") for name in archive.namelist()}
-        if names & {"mu", "sigma"}:                               # ADM's references hold arr_0 as well
-            mu, sigma, dim = member("mu"), member("sigma"), EXTRACTORS[features].dim
-            made = {name: member(name).item() for name in names & {"features", "n", "image_size", "weights"}}
-            need(made.get("features", features) == features, f"{path}: not made with --features {features}")
-            need(mu.shape == (dim,) and sigma.shape == (dim, dim) and np.isfinite(mu.sum() + sigma.sum()),
-                 f"{path}: mu {mu.shape}, sigma {sigma.shape}: {features} features are {dim} finite numbers")
-            size = (made["image_size"],) * 2 if "image_size" in made else None
-            return Source(path, int(made.get("n", 0)), size, mu, sigma, made.get("weights") or None)
         file = archive.open("arr_0.npy")
         np.lib.format.read_magic(file)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        start, pixels, size = file.tell(), math.prod(shape[1:]), archive.getinfo("arr_0.npy").file_size
-        need(len(shape) == 4 and shape[3] == 3 and dtype == np.uint8 and not fortran
-             and start + shape[0] * pixels == size > start,
-             f"{path}: arr_0 is {size:,} bytes of {dtype} {shape}, not uint8 (N, H, W, 3) in C order")
-        settings = json.loads(member("settings").item()) if "settings" in names else None
-        return Source(path, shape[0], shape[1:3], read=read, settings=settings)
+        start, size = file.tell(), archive.getinfo("arr_0.npy").file_size
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
+            raise ValueError(f"{dtype} {shape} instead of uint8 (N, H, W, 3) in C order")
+        if start + math.prod(shape) != size:
+            raise ValueError(f"{size:,} bytes for {shape}")
+        settings = None
+        if "settings.npy" in archive.namelist():
+            settings = json.loads(str(np.load(path, allow_pickle=False)["settings"]))
+    pixels = math.prod(shape[1:])
 
-def open_source(path, features):
-    """The Source in a folder (images are not cropped), an .npz or a packed .npy; UserError for all else."""
-    if Path(path).is_dir():
-        files = list_images(path)
-        return open_images(path, files, lambda i: to_tensor(read_image(files[i])))
-    if path.endswith(".npz"):
-        return open_npz(path, features)
-    data = Packed(path)
-    return open_images(path, range(len(data)), lambda i: data[i][0])
+    def read(indices):
+        with reading(path, "an .npz of images"):
+            file.seek(start + indices.start * pixels)             # unpacks what is between
+            batch = bytearray(file.read(len(indices) * pixels))
+        return torch.frombuffer(batch, dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
+    return Images(path, shape[0], read, settings)
+
+class Reference(NamedTuple):
+    """The statistics of an .npz. Published files contain mu and sigma alone."""
+    path: str
+    mu: np.ndarray                    # (D,)
+    sigma: np.ndarray                 # (D, D)
+    n: int = 0                        # images; 0: unknown
+    image_size: int = None            # pixels; None: unknown
+    weights: str = None               # sha256 of those that made it; None: unknown
 
 def load_reference(path, features="inception"):
-    """The statistics in an .npz, published or of --make_ref. UserError for other features, and for images."""
-    reference = open_source(path, features)
-    need(not reference.read, f"{path}: images; make their statistics by `python fid.py --make_ref`")
-    return reference
+    """The Reference in an .npz, published or of --make_ref. UserError if it is of other features, or images."""
+    with reading(path, "an .npz of statistics (see --make_ref)"):
+        file = np.load(path, allow_pickle=False)
+        mu, sigma = file["mu"], file["sigma"]
+        made = {name: file[name].item() for name in file.files if file[name].ndim == 0}
+    require(made.pop("features", features) == features, f"{path}: not made with --features {features}")
+    try:
+        mu, sigma = gaussian(mu, sigma, EXTRACTORS[features].dim)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Reference(path, mu, sigma, **{name: made[name] or None for name in Reference._fields if name in made})
 
-def parse():
-    """The command line: SAMPLES and REF, or --make_ref with what it needs."""
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("samples", nargs="?", help="a folder of images, a packed .npy, an .npz (arr_0, or mu and sigma)")
-    add("reference", nargs="?", help="likewise")
-    add("--make_ref", metavar="DATA", help="write a reference of DATA, as for train.py --data")
-    add("--image_size", type=int, help="for --make_ref: pixels, cropped to as in training")
-    add("--out", help="for --make_ref: the .npz")
-    add("--features", choices=list(EXTRACTORS), default="inception", help="pixels needs no weights; no FID")
-    add("--weights", help="Inception weights file (default: downloaded once)")
-    add("--any_weights", action="store_true", help="accept others: a number that compares with nothing")
-    add("--batch_size", type=int, default=64, help="images at a time on each process")
-    add("--device", help="default: cuda, else cpu")
-    args = parser.parse_args()
-    check_ranges(args, batch_size=1, image_size=1)
-    need(args.image_size and (args.out or "").endswith(".npz") if args.make_ref else args.reference,
-         "give SAMPLES and REF, or --make_ref DATA --image_size PIXELS --out FILE.npz")
+def moments(batches, n, extractor, device, score=False):
+    """mu (D,) and sigma (D, D) over n - 1, float64, of the features of n images on all processes, and, with
+    score, the Inception Score's mean and std. batches: this process's (uint8 (B, 3, H, W), range of indices),
+    as of my_batches(). UserError for n < 2."""
+    require(n > 1, f"{n} images have no covariance: 2 are needed, and 50,000 are usual")
+    exact = "cpu" if device.type == "mps" else device             # which has no float64
+    total = torch.zeros(extractor.dim, dtype=torch.float64, device=exact)
+    squares = torch.zeros(extractor.dim, extractor.dim, dtype=torch.float64, device=exact)
+    table = torch.zeros(n if score else 0, 1008)                  # logits in the order of the indices
+    for images, indices in batches:
+        images = images[:max(0, n - indices.start)]               # without the surplus of my_batches
+        features, logits = extractor(images.to(device))
+        features = features.to(total)
+        total += features.sum(0)
+        squares += features.T @ features
+        if score:
+            table[indices.start:indices.stop] = logits.cpu()
+    mu = all_reduce(total) / n
+    sigma = (all_reduce(squares) - n * torch.outer(mu, mu)) / (n - 1)
+    all_reduce(table)                                             # each row is 0 on all processes but one
+    return mu.cpu().numpy(), sigma.cpu().numpy(), inception_score(table) if score else (None, None)
+
+def evaluate(batches, n, extractor, reference, device, settings=None):
+    """Measure n images, given as for moments(), against a Reference, and print the numbers with what made them.
+    Returns a dict: fid or pixel_distance and, for 10 images or more through Inception, is_mean and is_std.
+    UserError if images or weights do not fit the reference."""
+    require(reference.weights in (None, extractor.sha256), f"{reference.path}: made with other weights")
+
+    def fitting():
+        side = reference.image_size
+        for images, indices in batches:
+            require(not side or images.shape[2:] == (side, side),
+                    f"{reference.path}: of {side} x {side} pixels, the samples have {tuple(images.shape[2:])}")
+            yield images, indices
+    score = extractor.key == "fid" and n >= 10
+    mu, sigma, (is_mean, is_std) = moments(fitting(), n, extractor, device, score)
+    result = {extractor.key: frechet_distance(mu, sigma, reference.mu, reference.sigma)}
+    if extractor.key == "fid":
+        few = min(n, reference.n or n) < 2048
+        print0(f"FID {result['fid']:.6g}", "(warning: too high, of fewer than 2,048 images)" if few else "")
+    else:
+        print0(f"pixel distance {result['pixel_distance']:.6g}")
+    if score:
+        result |= {"is_mean": is_mean, "is_std": is_std}
+        print0(f"IS {is_mean:.6g} +- {is_std:.4g}")
+    print0(f"samples: {n:,} images | settings {json.dumps(settings)}")
+    print0(f"reference: {reference.n or 'unknown':} images | {reference.path} | sha256 {sha256(reference.path)}")
+    if extractor.sha256:
+        print0(f"weights: sha256 {extractor.sha256}",
+               "" if extractor.sha256 == WEIGHTS else "(WARNING: not FID's own)")
+    return result
+
+# ---- Commands ----------------------------------------------------------------------------------------------
+
+FOUND = ["fid", "pixel_distance", "is_mean", "is_std"]            # columns of fid.csv behind the settings
+
+def measure(path, args, extractor, reference, device):
+    """Add the distance of a checkpoint's samples to fid.csv next to it, and draw fid.png. A measurement is
+    known by its settings and by the hashes of checkpoint and reference: one that is there is not repeated."""
+    checkpoint, classes, how, settings = open_sampler(path, args, device)
+    settings["solver_steps"] = settings.pop("steps")
+    settings |= {"file": sha256(path)[:16], "reference": sha256(reference.path)[:16]}
+    key = {name: str(value) for name, value in settings.items()}
+    table = Path(path).with_name("fid.csv")
+    known = False
+    if RANK == 0 and table.exists():
+        rows = read_rows(table)
+        require(all(list(row) == [*key, *FOUND] for row in rows),
+                f"{table}: not a table of these measurements; move it away")
+        known = any(key.items() <= row.items() for row in rows)
+    if first_decides(known):
+        return print0(f"{path}: measured already, in {table}")
+    labels = [classes[i % len(classes)] for i in range(settings["n"])]
+    batches = checkpoint.batches(labels, args.batch_size or 64, **how)
+    result = evaluate(batches, len(labels), extractor, reference, device, settings)
+    if RANK == 0:
+        found = {name: f"{result[name]:.6g}" if name in result else "" for name in FOUND}
+        append_row(table, key | found)
+        curves = {}
+        for row in sorted(read_rows(table), key=lambda row: int(row["step"])):
+            if row[extractor.key]:
+                name = f"EMA {row['ema']}, CFG {row['cfg']}, n {row['n']}"
+                xs, ys = curves.setdefault(name, ([], []))
+                xs.append(int(row["step"]))
+                ys.append(float(row[extractor.key]))
+        draw_curves([curves], table.with_suffix(".png"))
+
+def make_reference(args, extractor, device):
+    """Write the statistics of training images."""
+    images = images_of(open_dataset(args.make_ref, args.image_size), args.make_ref)
+    mu, sigma, _ = moments(images.batches(args.batch_size or 64), images.n, extractor, device)
+    if RANK == 0:
+        with new_file(args.out) as file:
+            np.savez(file, mu=mu, sigma=sigma, n=images.n, image_size=args.image_size, features=args.features,
+                     weights=extractor.sha256 or "")
+    print0(f"wrote {args.out}: {args.features} features of {images.n:,} images of {args.image_size} px")
+
+def is_checkpoint(path):
+    return Path(path).suffix in (".pt", ".pth", ".safetensors")
+
+FLAGS = SAMPLER + """
+    paths          texts                checkpoints or samples, and last the reference
+    --make_ref     text                 write a reference of these data, named as for train.py --data
+    --image_size   count                --make_ref: pixels, cropped to as in training
+    --out          text                 --make_ref: the .npz
+    --features     inception|pixels     pixels needs no weights, and is no FID (default inception)
+    --weights      text                 Inception weights file (default: downloaded once)
+    --any_weights  switch               accept others, for a number that compares with nothing
+"""
+
+def parse(argv=None):
+    """The command line. argv: a list of words; None: the program's. UserError for flags that do not fit."""
+    args = new_parser(__doc__, FLAGS).parse_intermixed_args(argv)
+    args.features = args.features or "inception"
+    if args.make_ref:
+        require(args.image_size and (args.out or "").endswith(".npz") and not args.paths,
+                "--make_ref DATA needs --image_size PIXELS and --out FILE.npz, and no other path")
+    else:
+        require(len(args.paths) > 1, "give SAMPLES or CHECKPOINTS and REF, or --make_ref DATA")
+    without_effect = [] if args.make_ref else ["image_size", "out"]
+    if args.features == "pixels":
+        without_effect += ["weights", "any_weights"]
+    if not any(map(is_checkpoint, args.paths)):
+        without_effect += re.findall(r"--(\w+) ", SAMPLER.replace("--batch_size", "").replace("samples", "n"))
+    for name in without_effect:
+        require(getattr(args, name) in (None, False), f"--{name} has no effect here")
     return args
 
 def main():
-    """Measure samples against a reference, or write one."""
+    """Measure checkpoints or samples against a reference, or write one."""
     args = parse()
     device = setup(args.device)
-    if args.make_ref:
-        data = open_dataset(args.make_ref, args.image_size)
-        reference = open_images(args.make_ref, range(len(data)), lambda i: data[i][0])
-    else:
-        samples, reference = (open_source(path, args.features) for path in (args.samples, args.reference))
-        need(None in (samples.size, reference.size) or samples.size == reference.size,
-             f"{args.reference}: height and width {reference.size}, {args.samples} {samples.size}")
-        if not samples.read and not reference.read:
-            distance = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
-            return show({EXTRACTORS[args.features].key: distance, "n": samples.n}, reference, samples.weights)
+    reference = None if args.make_ref else load_reference(args.paths[-1], args.features)
     extractor = make_extractor(args.features, args.weights, device, args.any_weights)
-    if reference.read:
-        statistics = Statistics(extractor.dim, device)
-        for images, _ in reference.batches(args.batch_size):
-            statistics.add(extractor(images.to(device))[0])
-        mu, sigma, n = statistics.finish()
-        reference = reference._replace(mu=mu, sigma=sigma)
-    if not args.make_ref:
-        result = evaluate(samples.batches(args.batch_size), extractor, reference, device)
-        return show(result, reference, extractor.sha256, samples.settings)
-    made = dict(mu=mu, sigma=sigma, n=n, image_size=args.image_size, features=args.features)
-    if RANK == 0:
-        write_atomically(args.out, lambda path: np.savez(path, weights=extractor.sha256 or "", **made))
-    print0(f"wrote {args.out}: {args.features} features of {n:,} images of {args.image_size} px")
+    if args.make_ref:
+        return make_reference(args, extractor, device)
+    for path in args.paths[:-1]:
+        if is_checkpoint(path):
+            measure(path, args, extractor, reference, device)
+        else:
+            images = open_images(path)
+            batches = images.batches(args.batch_size or 64)
+            evaluate(batches, images.n, extractor, reference, device, images.settings)
 
 if __name__ == "__main__":
     run(main)

@@ -4,8 +4,9 @@
     net = model.build("JiT-B/16", image_size=256, num_classes=1000)
     u = net(z, t, y)                                        # (N, C, H, W), (N,), (N,) -> (N, C, H, W)
 
-Time t runs in [0, 1]; class num_classes is the null class. State-dict keys are those of the published files,
-so their weights load strictly. JiT: arXiv 2511.13720; LightningDiT and VA-VAE: arXiv 2501.01423.
+Time t is in [0, 1]. The label num_classes means "no label". The keys of the state dict are those of the
+published files, so that their weights load strictly; the end of this file says what such a file contains.
+JiT: arXiv 2511.13720. LightningDiT and VA-VAE: arXiv 2501.01423.
 """
 # N batch, C channels, H height, W width; p side of a patch, T tokens, D width of a token, h = D / heads
 import math
@@ -19,65 +20,68 @@ from torch.utils.checkpoint import checkpoint
 # ---- The transformers --------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, always in float32; where given, * (1 + scale) + shift."""
+    """x / rms(x) * weight over the last axis, always in float32. With a condition (adaLN) the result is also
+    modulated: * (1 + scale) + shift, each (N, 1, D)."""
 
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x, shift=None, scale=None):
+        x = x.float()
         if shift is None:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6)
-        x = F.rms_norm(x.float(), self.weight.shape, eps=1e-6)
+            return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+        x = F.rms_norm(x, self.weight.shape, eps=1e-6)
+        # addcmul(a, b, c) is a + b c in one pass over memory, here and below: 8% of the demo's step
         return torch.addcmul(shift, x, self.weight * (1 + scale.float()))
 
-def rotate(x, rope):
+def rotate(x, cos, sin):
     """Turn neighbouring channels of x (N, T, heads, h): (a, b) -> (a cos - b sin, b cos + a sin)."""
-    x = x.unflatten(-1, (-1, 2))                                   # (N, T, heads, h / 2, 2)
-    return torch.addcmul(x * rope[0], x.flip(-1), rope[1]).flatten(-2)
+    pairs = x.unflatten(-1, (-1, 2))                               # (N, T, heads, h / 2, 2)
+    return torch.addcmul(pairs * cos, pairs.flip(-1), sin).flatten(-2)          # sin has the signs -, +
 
 class Attention(nn.Module):
-    """Softmax attention with rotary positions and, where asked, normalised queries and keys."""
+    """Softmax attention with rotary positions and, if asked for, normalised queries and keys."""
 
     def __init__(self, dim, heads, qk_norm, dropout):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()    # 3% of the demo's step
         self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
 
-    def forward(self, x, rope):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)   # each (N, T, heads, h)
-        q, k = (rotate(a, rope).to(v.dtype) for a in (self.q_norm(q), self.k_norm(k)))
-        x = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)))
-        return self.dropout(self.proj(x.transpose(1, 2).flatten(2)))         # (N, T, D)
+    def forward(self, x, cos, sin):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))       # (N, T, 3, heads, h)
+        q, k, v = qkv.unbind(2)
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        x = x.transpose(1, 2).flatten(2)                           # (N, T, D)
+        return self.dropout(self.proj(x))
 
 class SwiGLU(nn.Module):
-    """The gated MLP: w3(silu(w1 x) * w2 x), where w12 holds the rows of w1, then of w2."""
+    """The gated MLP: w3(silu(w1 x) * w2 x), where w12 contains the rows of w1, then of w2."""
 
     def __init__(self, dim, dropout):
         super().__init__()
-        hidden = 4 * dim * 2 // 3      # as many weights as a plain MLP of width 4 D
+        hidden = 4 * dim * 2 // 3                                  # as many weights as a plain MLP of width 4 D
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x):
-        w, b = self.w12.weight, self.w12.bias
-        if torch.compiler.is_compiling():
-            # the bias image by image: its gradient is then summed in the pass that computes the product's
-            x = F.linear(x, w)                                     # (N, T, 2 hidden)
-            gate, x = (x + b.to(x.dtype).expand(len(x), 1, -1)).chunk(2, dim=-1)
-        else:
-            # two products, or else the gradients of the halves would be copied together
-            gate, x = (F.linear(x, *half) for half in zip(w.chunk(2), b.chunk(2)))
+        # two products: one would copy the gradients of its halves together, 5% of the demo's step
+        w1, w2 = self.w12.weight.chunk(2)
+        b1, b2 = self.w12.bias.chunk(2)
+        gate = F.linear(x, w1, b1)                                 # (N, T, hidden)
+        x = F.linear(x, w2, b2)
         return self.w3(self.dropout(F.silu(gate) * x))             # (N, T, D)
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated by the condition (adaLN) and added to the stream through a gate.
-    The first `drop` tokens leave the stream after attention: others have read them, and nobody will again."""
+    """Attention and MLP. The condition modulates each (adaLN) and gates what it adds to the stream.
+    The first `drop` tokens leave the stream after attention."""
 
     def __init__(self, dim, heads, qk_norm, dropout=0.0):
         super().__init__()
@@ -87,18 +91,20 @@ class Block(nn.Module):
         self.mlp = SwiGLU(dim, dropout)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, condition, rope, drop=0):
+    def forward(self, x, condition, cos, sin, drop=0):
         m = self.adaLN_modulation(condition)[:, None]              # (N, 1, 6 D)
         shift1, scale1, gate1, shift2, scale2, gate2 = m.chunk(6, dim=-1)
-        x = torch.addcmul(x, gate1, self.attn(self.norm1(x, shift1, scale1), rope))[:, drop:]
-        return torch.addcmul(x, gate2, self.mlp(self.norm2(x, shift2, scale2)))
+        y = self.attn(self.norm1(x, shift1, scale1), cos, sin)
+        x = torch.addcmul(x, gate1, y)[:, drop:]
+        y = self.mlp(self.norm2(x, shift2, scale2))
+        return torch.addcmul(x, gate2, y)
 
 def named(**modules):
-    """A Sequential whose parts have these names, as the published keys do."""
+    """A Sequential whose parts have these names, as in the published keys."""
     return nn.Sequential(OrderedDict(modules))
 
 class FinalLayer(nn.Module):
-    """The stream, normalised and modulated once more, to the values of a patch: (N, T, p p C)."""
+    """From the stream (N, T, D) to the values of each patch (N, T, p p C)."""
 
     def __init__(self, dim, out):
         super().__init__()
@@ -107,24 +113,29 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x, condition):
-        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        m = self.adaLN_modulation(condition)[:, None]              # (N, 1, 2 D)
+        shift, scale = m.chunk(2, dim=-1)
         return self.linear(self.norm_final(x, shift, scale))
 
 class Transformer(nn.Module):
     """What JiT and DiT share: everything but x_embedder, which makes a token of each patch.
-    forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). With `checkpointing` set, the
-    backward pass computes each block's activations again. ValueError where a size does not fit."""
+    forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). If `checkpointing` is set, the
+    backward pass computes the activations of each block again. ValueError for sizes that do not fit."""
 
     def __init__(self, *, image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm=False,
                  dropout=0.0, context_tokens=0, context_start=0):
         super().__init__()
+        if not isinstance(image_size, int):
+            raise ValueError(f"image_size {image_size}: this network takes square images")
         if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: "
-                             f"try {-(-image_size // patch_size) * patch_size}")
+            fits = math.ceil(image_size / patch_size) * patch_size
+            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: try {fits}")
         if context_tokens and context_start >= depth:
-            raise ValueError(f"context_start {context_start} lies behind the last block: try {depth - 1}")
-        self.patch_size, self.side, self.checkpointing = patch_size, image_size // patch_size, False
+            raise ValueError(f"context_start {context_start} is after the last block: try {depth - 1}")
+        self.patch_size = patch_size
+        self.side = image_size // patch_size
         self.in_channels = in_channels
+        self.checkpointing = False
         self.context_start = context_start if context_tokens else None
         if context_tokens:
             self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context_tokens, dim))
@@ -132,34 +143,40 @@ class Transformer(nn.Module):
         self.t_embedder = TimeEmbedding(dim)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
         cos, sin = rotary_positions(self.side, dim // heads, context_tokens)
-        rope = torch.stack([cos, sin * torch.tensor([-1.0, 1.0]).repeat(dim // heads // 2)])
-        self.register_buffer("rope", rope[:, :, None].unflatten(-1, (-1, 2)), persistent=False)
+        signs = torch.tensor([-1.0, 1.0])
+        self.register_buffer("cos", cos.view(len(cos), 1, -1, 2), persistent=False)      # (tokens, 1, h / 2, 2)
+        self.register_buffer("sin", sin.view(len(sin), 1, -1, 2) * signs, persistent=False)
         middle = range(depth // 4, depth // 4 * 3)
         self.blocks = nn.ModuleList(
             Block(dim, heads, qk_norm, dropout if i in middle else 0.0) for i in range(depth))
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
 
     def forward(self, x, t, y):
-        p, s, T = self.patch_size, self.side, self.side ** 2
-        y = self.y_embedder.embedding_table(y)                     # (N, D)
-        condition = self.t_embedder(t) + y
+        p, side, T = self.patch_size, self.side, self.side ** 2
+        label = self.y_embedder.embedding_table(y)                 # (N, D)
+        condition = self.t_embedder(t) + label
         x = F.pixel_unshuffle(x, p).flatten(2).mT                  # (N, T, C p p)
-        for conv in self.x_embedder:                               # on patches that is a matrix product
+        for conv in self.x_embedder:                               # a matrix product on patches: 4% faster
             x = F.linear(x, conv.weight.flatten(1), conv.bias)
         x = x + self.pos_embed                                     # (N, T, D)
-        rope = self.rope[:, -T:]                                   # (2, T, 1, h / 2, 2)
+        cos, sin = self.cos[-T:], self.sin[-T:]
         for i, block in enumerate(self.blocks):
-            if i == self.context_start:                            # class tokens in front, unturned
-                x = torch.cat([y[:, None] + self.in_context_posemb.squeeze(0), x], dim=1)
-                rope = self.rope
-            inputs = x, condition, rope, x.shape[1] - T if block is self.blocks[-1] else 0
-            x = checkpoint(block, *inputs, use_reentrant=False) if self.checkpointing else block(*inputs)
+            if i == self.context_start:                            # class tokens in front, which never turn
+                x = torch.cat([label[:, None] + self.in_context_posemb.squeeze(0), x], dim=1)
+                cos, sin = self.cos, self.sin
+            # the last block drops the class tokens, which nothing reads afterwards: 6% of the demo's step
+            drop = x.shape[1] - T if block is self.blocks[-1] else 0
+            if self.checkpointing:
+                x = checkpoint(block, x, condition, cos, sin, drop, use_reentrant=False)
+            else:
+                x = block(x, condition, cos, sin, drop)
         x = self.final_layer(x, condition)                         # (N, T, p p C)
-        x = x.unflatten(2, (p, p, -1)).unflatten(1, (s, s))        # (N, rows, columns, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        x = x.view(len(x), side, side, p, p, -1)
+        x = x.permute(0, 5, 1, 3, 2, 4)                            # (N, C, rows, p, columns, p)
+        return x.reshape(len(x), -1, side * p, side * p)
 
     def initialize(self):
-        """Every block starts as the identity and the network's output as 0 (adaLN-zero)."""
+        """Every block starts as the identity, and the network's output as 0 (adaLN-zero)."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
@@ -173,14 +190,14 @@ class Transformer(nn.Module):
 
     def compile(self, **how):
         """Compile each block in place: keys stay, one graph serves all, gradients leave block by block."""
-        torch._dynamo.config.recompile_limit = 64        # every number of tokens and images is a graph
-        torch._dynamo.config.optimize_ddp = False        # it would cut the blocks once more
+        torch._dynamo.config.recompile_limit = 64        # each number of tokens and of images is a graph
+        torch._dynamo.config.optimize_ddp = False        # DDP would cut the blocks again
         for part in (*self.blocks, self.final_layer):
             part.compile(**how)
 
 class JiT(Transformer):
     """Just image Transformer: large patches of pixels through a bottleneck, q and k normalised, class tokens
-    in front from block `context_start` on; `dropout` acts in the middle half of the blocks."""
+    in front from block `context_start` on. `dropout` acts in the middle half of the blocks."""
 
     def __init__(self, *, patch_size, in_channels=3, dim, bottleneck, **config):
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, qk_norm=True, **config)
@@ -195,47 +212,51 @@ class DiT(Transformer):
     def __init__(self, *, patch_size, in_channels, dim, heads, **config):
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, heads=heads, **config)
         self.x_embedder = named(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size))
-        self.feat_rope = nn.Module()         # for the published files: checked when one is read, never used
-        for name, table in zip(("freqs_cos", "freqs_sin"), rotary_positions(self.side, dim // heads)):
-            self.feat_rope.register_buffer(name, table)
+        cos, sin = rotary_positions(self.side, dim // heads)
+        self.feat_rope = nn.Module()                     # in the published files: checked there, never used
+        self.feat_rope.register_buffer("freqs_cos", cos)
+        self.feat_rope.register_buffer("freqs_sin", sin)
         self.initialize()
 
-# Columns: D, depth, heads; JiT alone: bottleneck, in-context tokens and the block they enter before
-SIZES = {
-    "JiT-B":             ( 768, 12, 12, 128, 32,  4),
-    "JiT-L":             (1024, 24, 16, 128, 32,  8),
-    "JiT-H":             (1280, 32, 16, 256, 32, 10),
-    "JiT-S":             ( 384, 12,  6, 128, 16,  4),
-    "JiT-demo":          (  96,  4,  3,  64,  4,  1),
-    "JiT-narrow":        (  48,  4,  3,  64,  4,  1),
-    "JiT-wide":          ( 192,  4,  6,  64,  4,  1),
-    "LightningDiT-B":    ( 768, 12, 12),
-    "LightningDiT-L":    (1024, 24, 16),
-    "LightningDiT-XL":   (1152, 28, 16),
-    "LightningDiT-S":    ( 384, 12,  6),
-    "LightningDiT-demo": (  96,  4,  3),
-}
-COLUMNS = "dim", "depth", "heads", "bottleneck", "context_tokens", "context_start"
-# The published sizes and the demos; NAME/PATCH is any other patch too
+# The last three columns are for JiT alone. A row of yours is a size of yours.
+SIZES = """
+    name               dim  depth  heads  bottleneck  context_tokens  context_start
+    JiT-B              768     12     12         128              32              4
+    JiT-L             1024     24     16         128              32              8
+    JiT-H             1280     32     16         256              32             10
+    JiT-S              384     12      6         128              16              4
+    JiT-demo            96      4      3          64               4              1
+    JiT-narrow          48      4      3          64               4              1
+    JiT-wide           192      4      6          64               4              1
+    LightningDiT-B     768     12     12
+    LightningDiT-L    1024     24     16
+    LightningDiT-XL   1152     28     16
+    LightningDiT-S     384     12      6
+    LightningDiT-demo   96      4      3
+"""
+(_, *COLUMNS), *ROWS = [line.split() for line in SIZES.strip().splitlines()]
+SIZES = {name: dict(zip(COLUMNS, map(int, row))) for name, *row in ROWS}
+# The published sizes and the demos. NAME/PATCH with any other patch works too.
 NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-demo/8 LightningDiT-B/1 LightningDiT-B/2 "
          "LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 LightningDiT-demo/1").split()
 
 def build(name, image_size, num_classes, in_channels=None, **overrides):
-    """Network NAME/PATCH; image_size in pixels for JiT, in latents for the others. ValueError if unknown."""
+    """The network NAME/PATCH. image_size: the side of x, in pixels for JiT and in latents for LightningDiT.
+    in_channels: by default 3 for JiT, 32 for LightningDiT. overrides: arguments of JiT or DiT.
+    ValueError for an unknown name."""
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal() or int(patch) < 1:
         raise ValueError(f"unknown model {name}: choose from {', '.join(NAMES)}, "
                          f"or NAME/PATCH with {', '.join(SIZES)} and any patch")
     network, channels = (JiT, 3) if name.startswith("JiT") else (DiT, 32)
-    config = dict(zip(COLUMNS, SIZES[size]), patch_size=int(patch))
-    return network(image_size=image_size, num_classes=num_classes, in_channels=in_channels or channels,
-                   **config | overrides)
+    config = SIZES[size] | {"patch_size": int(patch), "in_channels": in_channels or channels} | overrides
+    return network(image_size=image_size, num_classes=num_classes, **config)
 
 # ---- Time and positions ------------------------------------------------------------------------------------
 
 class TimeEmbedding(nn.Module):
-    """t (N,) in [0, 1] -> (N, D), in float64, which neither autocast nor TF32 makes less: in bfloat16 nearby
-    times would be one."""
+    """t (N,) in [0, 1] -> (N, D). Computed in float64, so that autocast and TF32 cannot round nearby times to
+    the same value."""
 
     def __init__(self, dim):
         super().__init__()
@@ -245,25 +266,29 @@ class TimeEmbedding(nn.Module):
         exact = torch.float32 if t.device.type == "mps" else torch.float64       # which Apple's GPUs lack
         w1, b1, w2, b2 = (p.to(exact) for p in self.mlp.parameters())
         i = torch.arange(128, device=t.device, dtype=exact)
-        a = t.to(exact)[:, None] * torch.exp(-math.log(10000) * i / 128)
-        x = F.linear(torch.cat([a.cos(), a.sin()], dim=1), w1, b1)
-        return F.linear(F.silu(x), w2, b2).float()
+        frequencies = torch.exp(-math.log(10000) * i / 128)
+        a = t.to(exact)[:, None] * frequencies
+        x = torch.cat([a.cos(), a.sin()], dim=1)                   # (N, 256)
+        x = F.silu(F.linear(x, w1, b1))
+        return F.linear(x, w2, b2).float()
 
 def angles(side, n):
-    """Row and column of each token, read row by row, at n frequencies from 1 down to 1/10000: two (T, n)."""
-    i, place = torch.arange(n, dtype=torch.float64), torch.arange(side, dtype=torch.float64)
+    """Row and column of each token times n frequencies from 1 down to 1/10000: two (T, n), row by row."""
+    i = torch.arange(n, dtype=torch.float64)
+    place = torch.arange(side, dtype=torch.float64)
     a = place[:, None] * 10000.0 ** (-i / n)                       # (side, n)
     return a.repeat_interleave(side, dim=0), a.repeat(side, 1)
 
 def sincos_positions(side, dim):
-    """The fixed table (1, T, D) added to the tokens: first half of D the column, second half the row."""
+    """The fixed table (1, T, D) added to the tokens: the column in the first half of D, the row in the second."""
     row, column = angles(side, dim // 4)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()[None]
 
 def rotary_positions(side, dim, prefix=0):
-    """cos and sin (prefix + T, h) of 2-D RoPE, the first `prefix` of angle 0: the first half of a head turns
-    by the row, the second by the column."""
-    a = torch.cat(angles(side, dim // 4), dim=1).repeat_interleave(2, dim=1)
+    """cos and sin (prefix + T, h) of 2-D RoPE. The first half of a head turns with the row of its token, the
+    second half with the column. The first `prefix` tokens do not turn."""
+    a = torch.cat(angles(side, dim // 4), dim=1)
+    a = a.repeat_interleave(2, dim=1)                              # neighbouring channels turn together
     a = F.pad(a, (0, 0, prefix, 0))
     return a.cos().float(), a.sin().float()
 
@@ -274,7 +299,7 @@ def conv(width_in, width, size=3):
     return nn.Conv2d(width_in, width, size, padding=size // 2)
 
 def norm(width):
-    """GroupNorm as the latent-diffusion family has it."""
+    """GroupNorm as in the latent-diffusion family."""
     return nn.GroupNorm(32, width, eps=1e-6)
 
 class ResidualBlock(nn.Module):
@@ -282,8 +307,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width_in, width):
         super().__init__()
-        self.norm1, self.conv1 = norm(width_in), conv(width_in, width)
-        self.norm2, self.conv2 = norm(width), conv(width, width)
+        self.norm1 = norm(width_in)
+        self.conv1 = conv(width_in, width)
+        self.norm2 = norm(width)
+        self.conv2 = conv(width, width)
         self.nin_shortcut = conv(width_in, width, 1) if width_in != width else nn.Identity()
 
     def forward(self, x):
@@ -296,59 +323,146 @@ class SpatialAttention(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.norm = norm(width)
-        self.q, self.k, self.v, self.proj_out = (conv(width, width, 1) for _ in range(4))
+        self.q = conv(width, width, 1)
+        self.k = conv(width, width, 1)
+        self.v = conv(width, width, 1)
+        self.proj_out = conv(width, width, 1)
 
     def forward(self, x):
         y = self.norm(x)
         q, k, v = (f(y).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))   # (N, 1, H W, C)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(y[:, 0].mT.unflatten(2, x.shape[2:]))
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + self.proj_out(y.mT.unflatten(2, x.shape[2:]))
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where asked, then the way to the next."""
+    """One resolution: residual blocks, attention after each if asked for, then the step to the next level."""
 
     def __init__(self, width_in, width, blocks, attention):
         super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(width if i else width_in, width) for i in range(blocks))
-        self.attn = nn.ModuleList(SpatialAttention(width) if attention else nn.Identity() for _ in self.block)
-        self.downsample, self.upsample = nn.Identity(), nn.Identity()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for i in range(blocks):
+            self.block.append(ResidualBlock(width if i else width_in, width))
+            self.attn.append(SpatialAttention(width) if attention else nn.Identity())
+        self.downsample = nn.Identity()
+        self.upsample = nn.Identity()
 
     def forward(self, x):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         return self.upsample(self.downsample(x))
 
-class Autoencoder(nn.Module):
-    """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], multiples of 16 <-> latents (N, 32, H/16, W/16)."""
+class VAVAE(nn.Module):
+    """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], sides multiples of 16 <-> latents (N, 32, H/16, W/16).
+    weights: the published file, or the dict in it; without them the network is untrained.
+    In bfloat16 it still takes and returns float32."""
+    factor, channels = 16, 32
 
-    def __init__(self, widths=(128, 128, 256, 256, 512), latent=32):
+    def __init__(self, weights=None, widths=(128, 128, 256, 256, 512)):
         super().__init__()
-        first, last, n = widths[0], widths[-1], len(widths) - 1
-        down, up = {}, {}                                          # in both, level 0 is full resolution
+        first, last, deepest = widths[0], widths[-1], len(widths) - 1
+        down, up = {}, {}                                          # level 0 is full resolution in both
         for i, width in enumerate(widths):
-            down[str(i)] = Level(widths[max(i - 1, 0)], width, blocks=2, attention=i == n)
-            if i < n:                                              # padded on the right and below alone
-                down[str(i)].downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)),
-                                                conv=nn.Conv2d(width, width, 3, stride=2))
-        for i, width in reversed(list(enumerate(widths))):
-            up[str(i)] = Level(widths[min(i + 1, n)], width, blocks=3, attention=i == n)
+            level = Level(widths[max(i - 1, 0)], width, blocks=2, attention=i == deepest)
+            if i < deepest:                                        # padded on the right and below only
+                conv2 = nn.Conv2d(width, width, 3, stride=2)
+                level.downsample = named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv2)
+            down[str(i)] = level
+        for i in reversed(range(len(widths))):
+            width = widths[i]
+            level = Level(widths[min(i + 1, deepest)], width, blocks=3, attention=i == deepest)
             if i > 0:
-                up[str(i)].upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(width, width))
-        mid = [named(block_1=ResidualBlock(last, last), attn_1=SpatialAttention(last),
-                     block_2=ResidualBlock(last, last)) for _ in range(2)]
-        self.encoder = named(conv_in=conv(3, first), down=named(**down), mid=mid[0],
-                             norm_out=norm(last), swish=nn.SiLU(), conv_out=conv(last, 2 * latent))
-        self.decoder = named(conv_in=conv(latent, last), mid=mid[1], up=named(**up),
-                             norm_out=norm(first), swish=nn.SiLU(), conv_out=conv(first, 3))
-        self.quant_conv, self.post_quant_conv = conv(2 * latent, 2 * latent, 1), conv(latent, latent, 1)
+                level.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(width, width))
+            up[str(i)] = level
+        self.encoder = named(
+            conv_in=conv(3, first), down=named(**down), mid=self.middle(last),
+            norm_out=norm(last), swish=nn.SiLU(), conv_out=conv(last, 2 * self.channels))
+        self.decoder = named(
+            conv_in=conv(self.channels, last), mid=self.middle(last), up=named(**up),
+            norm_out=norm(first), swish=nn.SiLU(), conv_out=conv(first, 3))
+        self.quant_conv = conv(2 * self.channels, 2 * self.channels, 1)
+        self.post_quant_conv = conv(self.channels, self.channels, 1)
+        if weights is not None:
+            if not isinstance(weights, dict):
+                weights = torch.load(weights, map_location="cpu", weights_only=True)
+            weights = weights.get("state_dict", weights)
+            ours = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+            self.load_state_dict({key: value for key, value in weights.items() if key.startswith(ours)})
+        self.eval().requires_grad_(False)
 
-    def encode(self, images):
-        """The posterior's mean and log variance, each (N, 32, H/16, W/16)."""
+    def middle(self, width):
+        """What the encoder does at the end and the decoder at the start."""
+        return named(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
+                     block_2=ResidualBlock(width, width))
+
+    def moments(self, images):
+        """Mean and log variance of the posterior, each (N, 32, H/16, W/16). The log variance is in [-30, 20]."""
+        images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+        return mean.float(), logvar.float().clamp(-30, 20)
 
-    def decode(self, z):
-        return self.decoder(self.post_quant_conv(z))
+    def encode(self, images, noise=None):
+        """A sample of the posterior. noise: standard normal, shaped like the latent; drawn if None."""
+        mean, logvar = self.moments(images)
+        if noise is None:
+            noise = torch.randn_like(mean)
+        return mean + torch.exp(logvar / 2) * noise
+
+    def decode(self, latents):
+        """Images (N, 3, H, W), about in [-1, 1], of latents (N, 32, H/16, W/16)."""
+        latents = latents.to(self.quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(latents)).float()
+
+# ---- Published files: which network, which weights ---------------------------------------------------------
+
+# What sampling needs to know beside the weights (the papers' settings and Table 4).
+PUBLISHED = {
+    "JiT":          dict(space="pixel", target="x", tau=0.05, cfg=2.9, interval=[0.1, 1.0]),
+    "LightningDiT": dict(space="latent", target="v", tau=0.0, cfg=1.5, interval=[0.1, 1.0]),
+}
+AVERAGES = {"model_ema1": "0.9999", "model_ema2": "0.9996", "model": "none"}     # the names in JiT's files
+# Tables that follow from the sizes of a network. A file need not contain them.
+TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+
+def find_weights(file, ema=None):
+    """(weights, name of the average) from the dict in a file: the weights, or a dict of dicts of weights, such
+    as "model" and "ema". Prefixes such as "module." are removed. ema: which of them; None: the first average.
+    ValueError if it is not there, or if the weights are neither JiT nor LightningDiT."""
+    parts = {AVERAGES.get(name, name): part for name, part in file.items()
+             if isinstance(part, dict) and any(map(torch.is_tensor, part.values()))}
+    parts = parts or {"none": file}
+    averages = [name for name in parts if name.startswith("0.") or "ema" in name]
+    ema = ema or (averages or list(parts))[0]
+    if ema not in parts:
+        raise ValueError(f"it has --ema {', '.join(parts)}, but not {ema}")
+    weights = parts[ema]
+    last = "t_embedder.mlp.0.weight"
+    prefixes = [key.removesuffix(last) for key in weights if key.endswith(last)]
+    if not prefixes or any("mlp.fc1" in key for key in weights):
+        kind = "a DiT or SiT" if prefixes else f"a file with {', '.join(list(weights)[:3])}, ..."
+        raise ValueError(f"it is {kind}, neither JiT nor LightningDiT")
+    prefix = prefixes[0]
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}, ema
+
+def published_config(weights, name=None):
+    """The config, as in our checkpoints, of a published network, from the shapes of its weights (a dict).
+    name: of its size, if the shapes leave it open. ValueError if no size fits."""
+    family, first = ("JiT", "proj1") if "x_embedder.proj1.weight" in weights else ("LightningDiT", "proj")
+    _, channels, _, patch = weights[f"x_embedder.{first}.weight"].shape
+    dim = len(weights["blocks.0.attn.proj.bias"])
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    fits = [size for size, row in SIZES.items()
+            if size.startswith(family) and (row["dim"], row["depth"]) == (dim, depth)]
+    if not (name or fits):
+        raise ValueError(f"it is a {family} of depth {depth} and width {dim}, which SIZES does not list")
+    table = weights.get("pos_embed", torch.empty(1, 256, dim))      # 16 x 16 tokens, as published
+    side = math.isqrt(table.shape[1]) * patch
+    config = dict(
+        model=name or f"{fits[0]}/{patch}", shape=[channels, side, side], loss="v", label_drop=0.1,
+        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, t_mean=0.0, t_std=1.0,
+        noise_scale=side / 256 if family == "JiT" else 1.0,
+        qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights)
+    return config | PUBLISHED[family]
 
 # ---- What the sizes cost -----------------------------------------------------------------------------------
 
@@ -364,9 +478,11 @@ def main():
     print(f"{'name':20} {'input':>10} {'params':>8}   Gflops (multiply-adds)")
     for name in NAMES:
         size, patch = name.split("/")
-        pixels, side = size.startswith("JiT"), 4 if size.endswith("demo") else 16
-        shape = (3, side * int(patch), side * int(patch)) if pixels else (32, side, side)
-        with torch.device("meta"):
+        side = 4 if size.endswith("demo") else 16
+        shape = (32, side, side)
+        if size.startswith("JiT"):
+            shape = (3, side * int(patch), side * int(patch))
+        with torch.device("meta"):                                 # shapes without numbers
             net = build(name, shape[1], num_classes=1000)
         params = sum(p.numel() for p in net.parameters()) / 1e6
         print(f"{name:20} {'x'.join(map(str, shape)):>10} {params:7.1f}M {gmacs(net, shape):8.2f}")

@@ -1,10 +1,11 @@
-"""From noise to pictures: guidance, ODE solvers, checkpoints of ours and the published ones, drawing.
+"""From noise to pictures: guidance, ODE solvers, checkpoints of ours and published ones, drawing.
 
-    python sample.py out/pixel/ckpt.pt                                   a labelled grid beside the checkpoint
+    python sample.py out/pixel/ckpt.pt                                   a labelled grid next to the checkpoint
     python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2       chosen classes, guidance scale
     torchrun --nproc_per_node=8 sample.py ckpt.pt --samples 50000 --out samples.npz     samples for evaluation
-    python sample.py out/pixel/ckpt*.pt --fid ref.npz                    measure them, draw the curve (fid.py)
-    python sample.py out/pixel out/latent --plot k --out k.png           a column of several runs' log.csv
+
+    checkpoint = load("assets/fashion.pt")                               the same from Python
+    grid(checkpoint.sample("bag", n=8), ["bag"], columns=8).show()
 
 N images, C channels, H, W their size; t runs from 0 (noise) to 1 (data).
 """
@@ -16,459 +17,417 @@ import os
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import fid
-import model
-from data import (RANK, VAVAE, WORLD, ArrayFile, Codec, PatchPCA, UserError, barrier, check_ranges, checked,
-                  in_batches, in_short, need, new_parser, open_dataset, part_of, print0, read_in_batches,
-                  read_tensors, run, seed_of, setup, write_atomically)
-from objective import BINS, KDiff, k_of_direction, logit_normal, seeded_normal
-
-# What the published weights need for sampling (their papers' and Table 4's settings).
-PUBLISHED = {
-    "JiT":          dict(space="pixel", target="x", tau=0.05, cfg=2.9, interval=(0.1, 1.0)),
-    "LightningDiT": dict(space="latent", target="v", tau=0.0, cfg=1.5, interval=(0.1, 1.0)),
-}
+from data import (RANK, WORLD, Codec, FileError, PatchPCA, UserError, array_header, gather,
+                  in_short, my_batches, new_file, new_parser, open_vavae, print0, read_tensors, reading,
+                  require, run, seed_of, setup, writing)
+from model import TABLES, build, find_weights, published_config
+from objective import KDiff, seeded_normal
 
 # ---- Guidance and solvers (Alg. 2) -------------------------------------------------------------------------
 
 def guided(kdiff, y, scale, interval):
-    """velocity(z (N,C,H,W), t 0-d) of labels y (N,), guided by `scale` while interval[0] < t < interval[1].
-    An interval that begins at 0 holds t = 0 too. Outside it, and at scale 1, the null pass is left out."""
+    """velocity(z (N,C,H,W), t 0-d) for labels y (N,), guided by `scale` while interval[0] < t < interval[1].
+    An interval that begins at 0 includes t = 0. Outside it, and at scale 1, only the conditional pass runs."""
     low, high = interval
     both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
 
+    def predicted(z, t, labels):
+        times = torch.full((len(z),), t.item(), device=z.device)
+        return kdiff.velocity(kdiff.net(z, times, labels), z, times)
+
     def velocity(z, t):
         t = torch.as_tensor(t, dtype=torch.float32, device="cpu")       # compared in float32, no GPU sync
-        if scale == 1 or not ((t > low or t == low == 0) and t < high):
-            times = torch.full((len(z),), t.item(), device=z.device)
-            return kdiff.velocity(kdiff.net(z, times, y), z, times)
-        times = torch.full((2 * len(z),), t.item(), device=z.device)
-        zz = torch.cat([z, z])
-        v, v_null = kdiff.velocity(kdiff.net(zz, times, both), zz, times).chunk(2)
+        inside = (t > low or t == low == 0) and t < high
+        if scale == 1 or not inside:
+            return predicted(z, t, y)
+        v, v_null = predicted(torch.cat([z, z]), t, both).chunk(2)
         return v_null + scale * (v - v_null)
     return velocity
 
-def integrate(velocity, z, steps=50, solver="heun", watch=lambda z: None):
-    """Solve dz/dt = velocity(z, t) from t = 0 to 1 in equal steps; "euler", or "heun" with Euler's last.
-    watch(z) is shown where each step begins."""
-    times = torch.linspace(0, 1, steps + 1)
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
-        watch(z)
+def integrate(velocity, z, steps=50, solver="heun", start=0.0):
+    """Solve dz/dt = velocity(z, t) from t = start to 1 in equal steps, from z (N,C,H,W).
+    Yields z after each step; the last one is the sample. Between steps z may be changed in place.
+    solver: "euler", or "heun", whose last step is Euler's. ValueError for others."""
+    if solver not in ("heun", "euler"):
+        raise ValueError(f"solver {solver!r} is unknown: heun or euler")
+    times = torch.linspace(start, 1, steps + 1)
+    for i in range(steps):
+        t, t_next = times[i], times[i + 1]
         v = velocity(z, t)
         if solver == "heun" and i < steps - 1:
             v = (v + velocity(z + (t_next - t) * v, t_next)) / 2
         z = z + (t_next - t) * v
-    return z
+        yield z
 
 def fastest_dtype(device):
-    """Of autocast: "bfloat16" on GPUs that have it in hardware, else "float32"."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if bf16 else "float32"
+    """The dtype of autocast: "bfloat16" on GPUs with hardware for it, else "float32"."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fast else "float32"
 
 def autocast(device, dtype):
-    """A context in which matrix products run in bfloat16, where that is the dtype; else it does nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    """A context in which matrix products run in bfloat16, if that is the dtype."""
+    if dtype == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
 
 def compile_network(net):
-    """Compile it in place, where a compiler is at hand; our networks do so block by block (model.py)."""
+    """Compile it in place if there is a compiler. Our networks do so block by block (model.py)."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(1, device=next(net.parameters()).device))
-        net.compile(dynamic=False)
     except Exception as error:                        # no Triton or C++ compiler, or a GPU too old
         print0(f"not compiled, which is impossible here: {in_short(error)}")
-
-@torch.no_grad()
-def generate(kdiff, codec, shape, labels, indices, cfg, interval, dtype="float32", seed=0, **solve):
-    """uint8 images (N,3,H,W) of labels (list of N); image n starts from the noise of (seed, indices[n]).
-    shape (C,H,W): of the network's x. cfg, interval as in guided(), solve as in integrate()."""
-    device = next(kdiff.parameters()).device
-    z = kdiff.noise_scale * seeded_normal(shape, [seed_of(seed, "sample", i) for i in indices], device)
-    with autocast(device, dtype):
-        x = integrate(guided(kdiff, torch.tensor(labels, device=device), cfg, interval), z, **solve)
-    return codec.decode(x)
-
-def generate_split(kdiff, codec, shape, labels, batch_size, rank=RANK, world=WORLD, **how):
-    """One process's part of the samples of labels (list of N), in batches (uint8 (b,3,H,W), indices (b))."""
-    for indices in in_batches(part_of(len(labels), rank, world), batch_size, "samples"):
-        yield generate(kdiff, codec, shape, [labels[i] for i in indices], indices, **how), indices
-
-def sample_all(*args, **how):
-    """uint8 images (N,3,H,W) as of generate_split(), all made on this process."""
-    return torch.cat([images.cpu() for images, _ in generate_split(*args, rank=0, world=1, **how)])
+    else:
+        net.compile(dynamic=False)
 
 # ---- Checkpoints -------------------------------------------------------------------------------------------
 
-def assemble(config):
-    """The untrained KDiff of a config, a dict of the settings below; UserError where they do not fit."""
-    settings = ("num_classes", "t_mean", "t_std", "noise_scale", "tau", "label_drop", "loss")
+class Checkpoint(NamedTuple):
+    """A network that is ready to sample."""
+    kdiff: KDiff
+    codec: Codec
+    config: dict                      # settings
+    classes: list                     # their names
+    step: int                         # how many it has trained
+    ema: str                          # which average of the weights it is, or "none"
+
+    @property
+    def shape(self):
+        """(C, H, W) of the network's x."""
+        return tuple(self.config["shape"])
+
+    @torch.no_grad()
+    def generate(self, labels, indices, cfg=None, interval=None, steps=50, solver="heun", seed=0,
+                 dtype="float32"):
+        """uint8 images (N,3,H,W) of a list of class indices. Image n starts from the noise of (seed,
+        indices[n]). cfg, interval: as in guided(), by default the checkpoint's. steps, solver: as in
+        integrate(). dtype: of autocast."""
+        device = next(self.kdiff.parameters()).device
+        cfg = self.config["cfg"] if cfg is None else cfg
+        seeds = [seed_of(seed, "sample", i) for i in indices]
+        z = self.kdiff.noise_scale * seeded_normal(self.shape, seeds, device)
+        torch.manual_seed(seeds[0])                   # for a solver that draws noise on its way
+        labels = torch.tensor(labels, device=device)
+        velocity = guided(self.kdiff, labels, cfg, interval or self.config["interval"])
+        with autocast(device, dtype):
+            for z in integrate(velocity, z, steps, solver):
+                pass
+        return self.codec.decode(z)
+
+    def sample(self, labels, n=1, batch_size=64, **how):
+        """uint8 images (len(labels) n, 3, H, W), n for each label, all made on this process. labels: a class
+        name, or a list of names or class indices. how: further arguments of generate()."""
+        labels = [labels] if isinstance(labels, str) else labels
+        labels = [self.classes.index(c) if isinstance(c, str) else c for c in labels for _ in range(n)]
+        images = []
+        for i in range(0, len(labels), batch_size):
+            part = labels[i:i + batch_size]
+            images.append(self.generate(part, range(i, i + len(part)), **how).cpu())
+        return torch.cat(images)
+
+    def batches(self, labels, batch_size=64, **how):
+        """This process's samples of a list of labels: (uint8 (B,3,H,W), range of indices), as my_batches().
+        All batches are of one size, so that one compiled graph serves them."""
+        for indices in my_batches(len(labels), batch_size, "samples"):
+            part = [labels[i % len(labels)] for i in indices]
+            yield self.generate(part, indices, **how), indices
+
+# What a checkpoint's config needs for sampling.
+SETTINGS = {"model": str, "target": (str, float), "loss": str, "space": str, "shape": list, "num_classes": int,
+            "t_mean": float, "t_std": float, "noise_scale": float, "tau": float, "label_drop": float,
+            "cfg": float, "interval": list}
+
+def build_kdiff(config, k_start=0.5):
+    """The untrained KDiff of a config, a dict with the keys of SETTINGS. UserError for sizes that do not fit."""
+    channels, height, width = config["shape"]
+    side = height if height == width else (height, width)
     change = {"qk_norm": True} if config.get("qk_norm") else {}
-    change |= {"patch_size": 1} if config.get("components") else {}            # the codec has cut the patches
+    if config.get("components"):                      # the codec has cut the patches
+        change["patch_size"] = 1
+    names = "num_classes t_mean t_std noise_scale tau label_drop loss target".split()
     try:
-        size, channels = config["net_size"], config["in_channels"]
-        net = model.build(config["model"], size, config["num_classes"], channels, **change)
-        return KDiff(net, config["target"], channels=channels, **{key: config[key] for key in settings})
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+        net = build(config["model"], side, config["num_classes"], channels, **change)
+        return KDiff(net, channels=channels, k_start=k_start, **{name: config[name] for name in names})
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
-def shape_of(config):
-    """(C, H, W) of the network's x."""
-    return config["in_channels"], config["net_size"], config["net_size"]
+def default_average(decays, step):
+    """Which average of the weights to show after so many steps: the longest of those that have forgotten the
+    start, decay^step < 0.01. "none", the weights themselves, if all remember it. decays: texts."""
+    forgotten = [decay for decay in decays if float(decay) ** step < 0.01]
+    return max(forgotten, key=float, default="none")
 
-def pack_codec(codec, file=None):
-    """What a checkpoint keeps of a Codec: statistics, and the tokenizer's arrays or (VA-VAE) its file."""
-    pca = dict(codec.tokenizer.named_buffers()) if isinstance(codec.tokenizer, PatchPCA) else None
+def codec_state(codec, file=None):
+    """What a checkpoint keeps of a Codec: statistics; the arrays of PCA, or the file of a VA-VAE."""
+    pca = None
+    if isinstance(codec.tokenizer, PatchPCA):
+        pca = dict(codec.tokenizer.named_buffers())
     return {"mean": codec.mean, "std": codec.std, "pca": pca, "tokenizer": file}
 
-def unpack_codec(state, tokenizer_file=None):
-    """The Codec of pack_codec's dict; tokenizer_file overrides where the VA-VAE weights lie."""
+def open_codec(state, file=None):
+    """The Codec of codec_state's dict. file: the VA-VAE, if it is not where it was."""
     known = state.get("tokenizer")
-    file = tokenizer_file or (known if os.path.exists(known or "") else None)
-    tokenizer = PatchPCA(**state["pca"]) if state.get("pca") else VAVAE(file) if file else None
+    if known and os.path.exists(known):
+        file = file or known
+    tokenizer = None
+    if state.get("pca"):
+        tokenizer = PatchPCA(**state["pca"])
+    elif file:
+        tokenizer = open_vavae(file)
     return Codec(tokenizer, state.get("mean"), state.get("std"))
 
-def published(file, ema, name):
-    """Config, weights without prefixes and EMA's name of a published file; name None: the size that fits."""
-    names = {"0.9999": "model_ema1", "0.9996": "model_ema2"} if "model_ema1" in file else {"ema": "ema"}
-    ema = ema or next(iter(names))
-    need(ema in names, f"--ema {ema}: the file has {', '.join(names)}")
-    weights = next((file[k] for k in (names[ema], "ema", "model") if isinstance(file.get(k), dict)), file)
-    for prefix in ("module.", "_orig_mod.", "net."):
-        weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    family = "JiT" if "x_embedder.proj1.weight" in weights else "LightningDiT"
-    patches = weights[f"x_embedder.{'proj1' if family == 'JiT' else 'proj'}.weight"]
-    (_, tokens, dim), patch = weights["pos_embed"].shape, patches.shape[-1]
-    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-    fits = [f"{size}/{patch}" for size, row in model.SIZES.items()
-            if row[:2] == (dim, depth) and size.startswith(family)]
-    need(name or fits, "weights of no network known here, neither JiT nor LightningDiT (--model names one)")
-    size = math.isqrt(tokens) * patch
-    config = dict(model=name or fits[0], net_size=size, in_channels=patches.shape[1], t_mean=0.0, t_std=1.0,
-                  num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, label_drop=0.1, loss="v",
-                  noise_scale=size / 256 if family == "JiT" else 1.0,
-                  qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights, **PUBLISHED[family])
-    return config, weights, ema
-
-def read_weights(path, ema=None, model=None):
-    """(config, KDiff state dict, data state, step, EMA's name) of a checkpoint of ours or a published one."""
+def read_checkpoint(path, ema=None, model=None):
+    """(config, weights of KDiff, codec state with "classes", step, average) of a checkpoint of ours or a
+    published one. FileError for other files; UserError for an average that it does not contain."""
     file = read_tensors(path)
-    with checked(path, "a checkpoint of ours, JiT or LightningDiT"):
-        if "config" not in file or "data" not in file:
-            config, weights, ema = published(file, ema, model)
-            state = {"classes": [str(i) for i in range(config["num_classes"])]}
-            return config, {f"net.{k}": v for k, v in weights.items()}, state, file.get("epoch", 0), ema
-        config, state, ema = file["config"], file["data"], ema or file["config"]["ema_default"]
-        if not {"cfg", "interval", "space", "net_size"} <= set(config) or type(state["classes"]) is not list:
-            raise ValueError("its config is of another version")
-        need(model in (None, config["model"]), f"--model {model}: it holds a {config['model']}")
-        need(ema in file["ema"] or ema == "none", f"--ema {ema}: it has {', '.join(file['ema'])} or none")
-        return config, file["model"] if ema == "none" else file["ema"][ema], state, file["step"], ema
+    if not {"config", "data", "ema"} <= set(file):
+        try:
+            weights, ema = find_weights(file, ema)
+            config = published_config(weights, model)
+        except (ValueError, KeyError) as error:       # a KeyError names the weight that is missing
+            raise FileError(f"{path}: {error}") from error
+        state = {"classes": [str(i) for i in range(config["num_classes"])]}
+        weights = {f"net.{key}": value for key, value in weights.items()}
+        return config, weights, state, file.get("epoch", 0), ema
+    config, averages, step = file["config"], file["ema"], file["step"]
+    wrong = [key for key, kind in SETTINGS.items() if not isinstance(config.get(key), kind)]
+    require(not wrong, f"{path}: of another version: its {', '.join(wrong)} cannot be used")
+    require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
+    ema = ema or default_average(averages, step)
+    require(ema in averages or ema == "none", f"--ema {ema}: {path} has {', '.join(averages)} or none")
+    return config, averages.get(ema, file.get("model")), file["data"], step, ema
 
 def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
-    """Open a checkpoint of ours or a published one, ready to sample.
-    ema          which average: a key of the checkpoint's "ema", "none" for the raw weights; None: its default
-    model        the size, for published files (else found from the shapes)
-    tokenizer    VA-VAE weights file; stats: latents_stats.pt, for published latent networks
-    Returns a namespace: kdiff, codec, shape (of x), classes (names), config, step, ema; else UserError."""
-    config, weights, state, step, ema = read_weights(path, ema, model)
+    """A Checkpoint from a file of ours or a published one (.pt, .pth or .safetensors).
+    ema          which average: a decay, or "none" for the weights themselves (default: default_average)
+    model        the size of a published network, if the shapes leave it open
+    tokenizer    the VA-VAE weights file; stats: latents_stats.pt. Both are for latent networks.
+    UserError for files that do not fit, or that need a tokenizer or statistics."""
+    config, weights, state, step, ema = read_checkpoint(path, ema, model)
+    latent = config["space"] == "latent"
+    require(not tokenizer or (latent and not state.get("pca")),
+            f"--tokenizer {tokenizer} has no effect: {path} needs no VA-VAE")
+    require(not stats or (latent and state.get("mean") is None),
+            f"--stats {stats} has no effect: {path} needs no statistics")
     if stats:
         values = read_tensors(stats)
-        with checked(stats, "latent statistics"):
+        with reading(stats, "latent statistics"):
             state = state | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
-    need(config["space"] == "pixel" or state.get("mean") is not None,
-         f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
-    with checked(path, f"a {config.get('model')} whose weights fit"):
-        kdiff, codec = assemble(config), unpack_codec(state, tokenizer)
-        kdiff.load_state_dict(weights)
-    return SimpleNamespace(
-        kdiff=kdiff.to(device).eval().requires_grad_(False), codec=codec.to(device), shape=shape_of(config),
-        classes=state["classes"], config=config, step=step, ema=ema)
+    require(not latent or state.get("mean") is not None,
+            f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
+    kdiff = build_kdiff(config)
+    tables = {f"net.{key}": value for key, value in kdiff.net.state_dict().items() if key in TABLES}
+    with reading(path, f"a {config['model']} whose weights fit"):
+        kdiff.load_state_dict(tables | weights)
+    codec = open_codec(state, tokenizer).to(device)
+    kdiff = kdiff.to(device).eval().requires_grad_(False)
+    return Checkpoint(kdiff, codec, config, state["classes"], step, ema)
 
-# ---- Drawing (Pillow alone) --------------------------------------------------------------------------------
+# ---- Drawing, with Pillow alone ----------------------------------------------------------------------------
 
-INK, GREY, PAPER = (30, 30, 30), (200, 200, 200), (255, 255, 255)
-COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (120, 120, 120)]
+INK, GREY, PAPER = "#1e1e1e", "#c8c8c8", "#ffffff"
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#787878"]
 
-def grid(images, names, columns):
-    """A picture of uint8 images (N,3,H,W) in rows of `columns`, names in front; small ones enlarged."""
-    size = images.shape[-1]
-    zoom, gap = max(1, 96 // size), 4
-    cell, font = size * zoom + gap, ImageFont.load_default(14)
-    margin = 16 + int(max(font.getlength(name) for name in names))
-    sheet = Image.new("RGB", (margin + columns * cell + gap, -(-len(images) // columns) * cell + gap), PAPER)
+def grid(images, names, columns=8):
+    """A picture of uint8 images (N,3,H,W), equally many for each name. Each name begins a row, of up to
+    `columns` images. Small images are enlarged."""
+    each = len(images) // len(names)
+    columns = min(columns, each)
+    rows = math.ceil(each / columns)                                    # for each name
+    zoom = max(1, 96 // images.shape[2])
+    height, width = (zoom * side for side in images.shape[2:])
+    font = ImageFont.load_default(14)
+    margin = 16 + int(max(map(font.getlength, names)))
+    size = margin + columns * (width + 4) + 4, rows * len(names) * (height + 4) + 4
+    sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        picture = picture.resize((size * zoom,) * 2, Image.NEAREST)
-        sheet.paste(picture, (margin + column * cell, gap + row * cell))
-        if column == 0:
-            pen.text((8, gap + row * cell + cell // 2), names[row], INK, font, anchor="lm")
+    for i, image in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+        name, place = divmod(i, each)
+        row, column = divmod(place, columns)
+        top = 4 + (name * rows + row) * (height + 4)
+        picture = Image.fromarray(image).resize((width, height), Image.NEAREST)
+        sheet.paste(picture, (margin + column * (width + 4), top))
+        if place == 0:
+            pen.text((8, top + height // 2), names[name], INK, font, anchor="lm")
     return sheet
 
-def draw_paths(paths, names, out):
-    """Write a GIF of the solver's way: paths holds, a row each, lists of uint8 images (N,3,H,W)."""
-    frames = [grid(torch.cat(images), names, len(images[0])) for images in zip(*paths)]
-    write_atomically(out, lambda temporary: frames[0].save(
-        temporary, save_all=True, append_images=frames[1:] + frames[-1:] * 15, duration=80, loop=0))
-
-def nearest(images, data):
-    """To each of the uint8 images (N,3,H,W) the item of a dataset whose pixels are nearest: (N,3,H,W)."""
-    distance, found = torch.full((len(images),), math.inf), images.clone()
-    for _, batch, _ in read_in_batches(data, range(len(data)), 512):
-        d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
-        found = torch.where((d < distance).view(-1, 1, 1, 1), batch[i], found)
-        distance = torch.minimum(d, distance)
-    return found
-
-def ticks(low, high):
-    """About five round numbers from low to high."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (step * m) <= 5.01)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-def draw_curves(panels, path):
-    """Write panels side by side, each (title, x label, {name: (xs, ys)}); y from 0 to 1 where that fits."""
+def draw_curves(panels, path, x_label="step"):
+    """Write a picture of panels side by side, each {name: (xs, ys)}. The names are the title, in the colours
+    of their curves. Points that are not finite are left out. Axes begin at 0 or below."""
     W, H, left, right, top, bottom = 560, 380, 64, 20, 40, 46
     sheet = Image.new("RGB", (W * len(panels), H), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for p, (title, x_label, curves) in enumerate(panels):
-        xs, ys = ([v for curve in curves.values() for v in curve[i] if math.isfinite(v)] for i in (0, 1))
-        if not xs or not ys:
-            continue
-        x0, x1 = min(xs), max(max(xs), min(xs) + 1)
-        y0, y1 = min(0, min(ys)), max(max(ys), 1e-9) * 1.05
-        y1 = 1 if y0 == 0 and 0.3 < max(ys) <= 1 else y1
-        px = lambda x: p * W + left + (x - x0) / (x1 - x0) * (W - left - right)
-        py = lambda y: H - bottom - (y - y0) / (y1 - y0) * (H - top - bottom)
-        for x in ticks(x0, x1):
-            pen.line([(px(x), py(y0)), (px(x), py(y1))], GREY)
-            pen.text((px(x), py(y0) + 6), f"{x:,.10g}", INK, font, anchor="mt")
-        for y in ticks(y0, y1):
-            pen.line([(px(x0), py(y)), (px(x1), py(y))], GREY)
-            pen.text((px(x0) - 6, py(y)), f"{y:.10g}", INK, font, anchor="rm")
-        lasts = [curve[1][-1] for curve in curves.values() if curve[1]]
-        legend = H - bottom - 10 - 18 * len(curves) if min(lasts) > (y0 + y1) / 2 else top + 10
-        for i, (name, curve) in enumerate(curves.items()):
-            colour = COLOURS[i % len(COLOURS)]
-            points = [(x, y) for x, y in zip(*curve) if math.isfinite(x) and math.isfinite(y)]
-            pen.line([(px(x), py(min(max(y, y0), y1))) for x, y in points], colour, 2)
-            if len(curves) > 1:
-                pen.text((p * W + W - right - 8, legend + 18 * i), name, colour, font, anchor="rt")
-        pen.text((p * W + W // 2, 12), title, INK, ImageFont.load_default(16), anchor="mt")
-        pen.text((p * W + W // 2, H - 8), x_label, INK, font, anchor="mb")
-    write_atomically(path, sheet.save)
+    for p, curves in enumerate(panels):
+        points = [[(x, y) for x, y in zip(*curve) if math.isfinite(x + y)] for curve in curves.values()]
+        xs, ys = zip(*sum(points, [(0, 0)]))
+        x0, x1 = min(xs), max(xs) or 1
+        y0, y1 = min(ys), max(ys) * 1.05 or 1
+        if 0.3 < max(ys) <= 1:
+            y1 = 1
 
-def draw_spectrum(columns, path):
-    """What target "channel" learned, beside theory, as a picture and a csv file of the same name. columns:
-    tensors (C,) "channel", "variance" (in units of the noise's), "k" and perhaps "k_of_innovation"."""
-    x, k, variance, innovation = map(columns.get, ("channel", "k", "variance", "k_of_innovation"))
-    theory = {"1 / (1 + variance)": k_of_direction(variance), "1 / (1 + innovation)": innovation}
-    curves = {"learned": k, **theory}
-    curves = {name: (x.tolist(), ks.tolist()) for name, ks in curves.items() if ks is not None}
-    logs = {"": (x.tolist(), variance.clamp(min=1e-9).log10().tolist())}
-    draw_curves([("k of each channel", "channel", curves),
-                 ("log10 of its variance / the noise's", "channel", logs)], path)
-    rows = zip(*[[f"{value:.6g}" for value in values.tolist()] for values in columns.values()])
-    write_rows(path.with_suffix(".csv"), list(columns), [dict(zip(columns, row)) for row in rows])
+        def place(x, y):
+            along = (x - x0) / (x1 - x0) * (W - left - right)
+            up = (y - y0) / (y1 - y0) * (H - top - bottom)
+            return p * W + left + along, H - bottom - up
+        for i in range(6):                                              # five parts of each axis
+            x, y = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
+            pen.line([place(x, y0), place(x, y1)], GREY)
+            pen.line([place(x0, y), place(x1, y)], GREY)
+            pen.text(place(x, y0), f"\n{x:,.4g}", INK, font, anchor="ma", spacing=-4)
+            pen.text(place(x0, y), f"{y:.3g}  ", INK, font, anchor="rm")
+        title = p * W + left
+        for name, curve, colour in zip(curves, points, COLOURS):
+            pen.line([place(x, y) for x, y in curve], colour, 2)
+            pen.text((title, 12), name, colour, font)
+            title += font.getlength(f"{name}    ")
+        pen.text((p * W + W - right, H - 8), x_label, INK, font, anchor="rb")
+    save_picture(sheet, path)
+
+def save_picture(picture, path):
+    """Write a PIL picture as PNG."""
+    with new_file(path) as file:
+        picture.save(file, "PNG")
 
 def read_rows(path):
-    """The rows of a csv file, each a dict."""
-    with checked(path, "a table"), open(path, newline="") as file:
+    """The rows of a csv file, each a dict. FileError if it is damaged."""
+    with reading(path, "a table"), open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 def read_log(run_folder, column):
-    """(steps, values) of a column of a run's log.csv, rows without a value left out."""
-    with checked(run_folder, f"a run whose log.csv has a column {column!r}"):
-        rows = [row for row in read_rows(Path(run_folder, "log.csv")) if row[column]]
+    """(steps, values) of a column of a run's log.csv. FileError if they are not there."""
+    rows = read_rows(Path(run_folder, "log.csv"))
+    with reading(run_folder, f"a run whose log.csv has a column {column!r}"):
         return [float(row["step"]) for row in rows], [float(row[column]) for row in rows]
 
 def write_rows(path, columns, rows):
-    """Write a csv file of rows, each a dict."""
+    """Write a csv file of rows, each a dict with these columns."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), newline=""))
+    csv.writer(text).writerows([columns, *(row.values() for row in rows)])
+    with new_file(path) as file:
+        file.write(text.getvalue().encode())
 
-def draw_k_of_t(kdiff, path):
-    """Fig. 5: k(t), learned by target "time", EDM's beside it, and the density of training's times."""
-    t = torch.linspace(0, 1, 8 * BINS + 1)
-    c, d = kdiff.coefficients(t.to(kdiff.index.device))
-    k, inner = (c / (c - d)).detach().flatten().cpu(), t[1:-1]
-    p, x_label = logit_normal(kdiff.t_mean, kdiff.t_std)(inner), "t: noise to data"
-    curves = {kdiff.target: (t.tolist(), k.tolist()), "edm": (t.tolist(), (1 - t).tolist())}
-    draw_curves([("k(t)", x_label, curves),
-                 ("density of the times in training", x_label, {"p": (inner.tolist(), p.tolist())})], path)
+def append_row(path, row):
+    """Append a row, a dict, to a csv file with its columns. Other processes may do the same."""
+    if not os.path.exists(path):
+        write_rows(path, row, [])
+    with writing(path), open(path, "a", newline="") as file:
+        csv.writer(file).writerow(row.values())
 
-# ---- Samples for evaluation --------------------------------------------------------------------------------
-
-def measure(it, path, batches, extractor, reference, settings):
-    """Append the distance of samples to fid.csv beside the checkpoint, unless it is there; draw fid.png.
-    it: of load(), batches: of generate_split(), from every process, settings: what a row tells of them."""
-    table, key = Path(path).with_name("fid.csv"), {name: str(value) for name, value in settings.items()}
-    rows, found = read_rows(table) if table.exists() else [], ["fid", "pixel_distance", "is_mean", "is_std"]
-    need(all(list(row) == [*key, *found] and str(row["step"]).isdecimal() for row in rows),
-         f"{table}: not a table of these measurements; move it away")
-    barrier()                                                  # all have read before the first writes
-    if any(key.items() <= row.items() for row in rows):
-        return print0(f"{path}: measured already, in {table}")
-    result = fid.evaluate(((images, indices[0]) for images, indices in batches), extractor, reference,
-                          next(it.kdiff.parameters()).device)
-    fid.show(result, reference, extractor.sha256, settings)
-    row = key | {name: f"{result[name]:.6g}" if name in result else "" for name in found}
-    if RANK == 0:
-        rows, curves = sorted([*rows, row], key=lambda each: int(each["step"])), {}
-        write_rows(table, list(row), rows)
-        for each in rows:
-            if each[extractor.key]:
-                xs, ys = curves.setdefault(f"EMA {each['ema']}, CFG {each['cfg']}, n {each['n']}", ([], []))
-                xs.append(int(each["step"]))
-                ys.append(float(each[extractor.key]))
-        draw_curves([(extractor.key.replace("_", " "), "step", curves)], table.with_suffix(".png"))
-    barrier()                                                  # until it is written
-
-def write_samples(batches, labels, size, out, settings):
-    """Write samples of `size` px, made by all processes: an .npz (arr_0, arr_1, settings), or PNGs."""
-    out = Path(out)
-    if out.suffix != ".npz":
-        need(not out.is_dir() or not any(out.iterdir()), f"--out {out} holds files: name another folder")
-        barrier()                                              # all have looked before the first writes
-        for images, indices in batches:
-            for image, i in zip(images.permute(0, 2, 3, 1).cpu().numpy(), indices):
-                write_atomically(out / f"{i:06}_{labels[i]}.png", Image.fromarray(image).save)
-        return
-    part = out.with_name(f"{out.name}.tmp.npy")                # written by all, and then put into the .npz
-
-    def write(temporary):
-        with zipfile.ZipFile(temporary, "w") as file:
-            file.write(part, "arr_0.npy")
-            for name, array in (("arr_1", labels), ("settings", json.dumps(settings))):
-                with file.open(f"{name}.npy", "w") as member:
-                    np.save(member, array)
-    try:
-        pixels = ArrayFile(part, np.uint8, (len(labels), size, size, 3))
-        for images, indices in batches:
-            pixels.write(indices[0], images.permute(0, 2, 3, 1).cpu().numpy())
-        barrier()
-        if RANK == 0:
-            write_atomically(out, write)
-    finally:
-        if RANK == 0:
-            part.unlink(missing_ok=True)
+# ---- Commands ----------------------------------------------------------------------------------------------
 
 def choose_classes(text, names):
-    """The indices that a --classes value names: numbers or class names, separated by commas."""
-    chosen, listed = [], f" ({', '.join(names)})" if len(names) <= 20 else ""
-    for word in text.split(","):
-        need(word in names or word.isdecimal() and int(word) < len(names),
-             f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1}{listed}")
-        chosen.append(int(word) if word.isdecimal() and word not in names else names.index(word))
+    """The indices that a --classes value names: class names or numbers, separated by commas. Numbers are names
+    only if all words are names. A name that contains a comma is put in double quotes."""
+    words = [text] if text in names else next(csv.reader([text]), [])
+    all_names = set(words) <= set(names)
+    chosen = []
+    for word in words:
+        index = word.isdecimal() and not all_names
+        require(int(word) < len(names) if index else word in names, f"--classes {word}: not a label of this "
+                f"checkpoint, which has 0 to {len(names) - 1} ({', '.join(names[:20])})")
+        chosen.append(int(word) if index else names.index(word))
     return chosen
 
-def parse():
-    """The command line. UserError for flags that do not go together."""
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("checkpoint", nargs="+", help="ours or published; several for --fid, --gif; for --plot runs' folders")
-    add("--classes", help="names or numbers, separated by commas (default: all, in a grid the first 8)")
-    add("--n", "--samples", type=int, help="images (default: 8 a class in a grid, 50,000 for --fid)")
-    add("--cfg", type=float, help="guidance scale; 1 is none (default: the checkpoint's)")
-    add("--interval", type=float, nargs=2, help="times within which guidance acts (the checkpoint's)")
-    add("--steps", type=int, default=50, help="solver steps (default 50)")
-    add("--solver", choices=("heun", "euler"), default="heun", help="(default heun)")
-    add("--ema", help="which average of the weights, or none (default: the checkpoint's)")
-    add("--seed", type=int, default=0, help="(default 0)")
-    add("--batch_size", type=int, default=64, help="images at a time on each process (default 64)")
-    add("--out", help="picture (.png), .npz of samples, or a folder for PNGs (default: samples.png beside)")
-    add("--model", help="the size of a published checkpoint, where it cannot be told from the shapes")
-    add("--tokenizer", help="VA-VAE weights file, for latent checkpoints")
-    add("--stats", help="latents_stats.pt, for published latent checkpoints")
-    add("--device", help="default: cuda, else cpu")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 if the GPU has it)")
-    add("--fid", metavar="REF", help="evaluate against this reference (see fid.py)")
-    add("--features", choices=list(fid.EXTRACTORS), default="inception", help="for --fid (default inception)")
-    add("--weights", help="Inception weights file, for --fid")
-    add("--nearest", metavar="DATA", help="below each sample its nearest picture of these training data")
-    add("--gif", metavar="FILE", help="draw the solver's way from noise to picture, a row a checkpoint")
-    add("--plot", metavar="COLUMN", help="draw this column of the log.csv of the runs given")
-    args = parser.parse_args()
-    check_ranges(args, n=1, steps=1, batch_size=1)
-    need(Path(args.out or "").suffix in ("", ".png", ".npz"), f"--out {args.out}: a .png, .npz or folder")
-    need(not args.fid or not args.out, "--fid measures samples without writing them: leave out --out")
-    need(not args.gif or args.gif.endswith(".gif") and not (args.fid or args.out),
-         "--gif FILE.gif goes without --fid and --out")
-    need(not args.plot or (args.out or ".png").endswith(".png"), f"--out {args.out}: a .png for --plot")
-    need(args.fid or args.plot or args.gif or len(args.checkpoint) == 1,
-         f"{args.checkpoint[-1]}: one checkpoint at a time, but for --fid, --gif and --plot")
+# The flags of sample.py and fid.py that say what to draw from a checkpoint, and how.
+SAMPLER = """
+    --classes      text                 names or numbers, separated by commas (default: all; in a picture 8)
+    --n,--samples  count                images (default: 8 a class in a picture, else 50,000)
+    --cfg          amount               guidance scale; 1 is none (default: the checkpoint's)
+    --interval     amounts              two times between which guidance acts (default: the checkpoint's)
+    --steps        count                solver steps (default 50)
+    --solver       heun|euler           (default heun)
+    --tau          amount               the least Delta (default: the checkpoint's)
+    --ema          text                 an average, or none (default: the longest that has forgotten the start)
+    --seed         integer              of the noise (default 0)
+    --model        text                 the size of a published network, if the shapes leave it open
+    --tokenizer    text                 VA-VAE weights file, for latent networks
+    --stats        text                 latents_stats.pt, for published latent networks
+    --dtype        float32|bfloat16     of autocast (default: bfloat16 if the GPU has it)
+    --batch_size   count                images at a time on each process (default 64)
+"""
+FLAGS = SAMPLER + """
+    checkpoint     text                 ours or published
+    --out          text                 a picture (.png) or an .npz of samples (default: samples.png next to it)
+"""
+
+def open_sampler(path, args, device, picture=False):
+    """What the flags of SAMPLER say about a checkpoint: (Checkpoint, class indices, how: arguments of
+    generate(), settings: what makes the samples). picture: by default of the first 8 classes."""
+    checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
+    config, names = checkpoint.config, checkpoint.classes
+    require(checkpoint.codec.can_decode, f"{path}: latents need --tokenizer FILE to become images")
+    classes = list(range(len(names)))[:8 if picture else None]
+    if args.classes:
+        classes = choose_classes(args.classes, names)
+    if args.tau is not None:
+        checkpoint.kdiff.tau = args.tau
+    how = {"cfg": config["cfg"], "interval": config["interval"], "steps": 50, "solver": "heun", "seed": 0,
+           "dtype": fastest_dtype(device)}
+    how |= {name: getattr(args, name) for name in how if getattr(args, name) is not None}
+    check_interval(how["interval"])
+    require(how["cfg"] == 1 or config["label_drop"], f"--cfg {how['cfg']}: {path} was trained with all labels, "
+            "which leaves nothing to guide away from")
+    n = args.n or (8 * len(classes) if picture else 50_000)
+    settings = {"checkpoint": Path(path).name, "step": checkpoint.step, "ema": checkpoint.ema, "n": n,
+                "model": config["model"], "classes": args.classes or "all", "tau": checkpoint.kdiff.tau, **how}
+    print0(f"{path}: " + " | ".join(f"{name} {value}" for name, value in settings.items()))
+    if device.type == "cuda" and n // WORLD >= 1000:   # for fewer, compiling takes longer than it saves
+        compile_network(checkpoint.kdiff.net)
+    return checkpoint, classes, how, settings
+
+def check_interval(interval):
+    """UserError if the two times are not in order, or not in [0, 1]."""
+    require(len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1,
+            f"--interval {interval}: two times between 0 and 1 are needed, in order")
+
+def write_samples(checkpoint, labels, out, batch_size, how, settings):
+    """Write samples of a list of labels, made by all processes, as an .npz: arr_0 uint8 (N,H,W,3), arr_1 the
+    labels, settings. The first process writes; the others send it theirs."""
+    batches = (gather(images.permute(0, 2, 3, 1).contiguous().cpu())             # (B, H, W, 3)
+               for images, _ in checkpoint.batches(labels, batch_size, **how))
+    if RANK:
+        return list(batches)
+    rows = next(batches)
+    with new_file(out) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            left = len(labels)
+            member.write(array_header(np.uint8, (left, *rows.shape[1:])))
+            while left > 0:
+                member.write(rows[:left].numpy().tobytes())
+                left -= len(rows)
+                rows = next(batches, [])
+        for name, value in (("arr_1", labels), ("settings", json.dumps(settings))):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, value)
+
+def parse(argv=None):
+    """The command line. argv: a list of words; None: the program's. UserError for flags that do not fit."""
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
+    args.out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
+    require(args.out.suffix in (".png", ".npz"), f"--out {args.out}: a .png or an .npz is needed")
     return args
 
 def main():
-    """Draw a grid, a GIF or curves, write samples or measure them, as the flags say."""
-    args, ways = parse(), {}
-    if args.plot:
-        out = args.out or f"{args.plot}.png"
-        curves = {"/".join(Path(run).parts[-2:]): read_log(run, args.plot) for run in args.checkpoint}
-        draw_curves([(args.plot, "step", curves)], out)
-        return print0(f"wrote {out}")
+    """Draw a grid, or write samples, as the flags say."""
+    args = parse()
     device = setup(args.device)
-    if args.fid:
-        reference = fid.load_reference(args.fid, args.features)
-        extractor = fid.make_extractor(args.features, args.weights, device)
-    picture = not args.fid and (args.out is None or args.out.endswith(".png"))        # a grid, or a GIF
-    for path in map(Path, args.checkpoint):
-        it = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
-        need(it.codec.decodes, f"{path}: latents need their tokenizer to become images: --tokenizer FILE")
-        classes = range(len(it.classes))[:8 if picture else None]
-        classes = choose_classes(args.classes, it.classes) if args.classes else classes
-        how = dict(cfg=it.config["cfg"] if args.cfg is None else args.cfg,
-                   interval=args.interval or it.config["interval"], steps=args.steps,
-                   solver="euler" if args.gif else args.solver, seed=args.seed,
-                   dtype=args.dtype or fastest_dtype(device))
-        n = args.n or (50_000 if args.fid else len(classes) * (8 if picture and not args.gif else 1))
-        settings = dict(checkpoint=path.name, step=it.step, ema=it.ema, model=it.config["model"],
-                        net_size=it.config["net_size"], n=n, classes=args.classes or "all", **how)
-        print0(f"{path}: {it.config['model']}, step {it.step}, EMA {it.ema} | "
-               + " | ".join(f"{key} {value}" for key, value in how.items()))
-        if device.type == "cuda" and n // WORLD >= 1000:    # for fewer, compiling takes longer than it saves
-            compile_network(it.kdiff.net)
-        columns, out = math.ceil(n / len(classes)), args.out or path.with_name("samples.png")
-        labels = [c for c in classes for _ in range(columns)]                         # whole rows
-        if not picture:
-            labels = [classes[i % len(classes)] for i in range(n)]
-            batches = generate_split(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
-        if args.fid:
-            settings |= {"solver_steps": settings.pop("steps"), "reference": args.fid}
-            measure(it, path, batches, extractor, reference, settings)
-        elif not picture:
-            size = it.shape[1] * getattr(it.codec.tokenizer, "factor", 1)
-            write_samples(batches, labels, size, out, settings)
-            print0(f"wrote {out}: {n:,} samples")
-        elif RANK == 0 and args.gif:
-            way = ways[f"{path.parent.name}/{path.stem}"] = []
-            last = generate(it.kdiff, it.codec, it.shape, labels[:n], range(n), **how,
-                            watch=lambda z: way.append(it.codec.decode(z).cpu()))
-            way.append(last.cpu())
-        elif RANK == 0:
-            images = sample_all(it.kdiff, it.codec, it.shape, labels, args.batch_size, **how)
-            names = [it.classes[c] for c in classes]
-            if args.nearest:
-                data = open_dataset(args.nearest, images.shape[-1])
-                need(data[0][0].dtype == torch.uint8, f"--nearest {args.nearest}: latents, not images")
-                both = images, nearest(images, data)
-                images = torch.stack([each.unflatten(0, (-1, columns)) for each in both], 1).flatten(0, 2)
-                names = [each for name in names for each in (name, "nearest")]
-            write_atomically(out, grid(images, names, columns).save)
-            print0(f"wrote {out}: {len(labels)} samples")
-    if args.gif and RANK == 0:
-        need(len({way[0].shape[1:] for way in ways.values()}) == 1, "--gif: checkpoints of one image size")
-        draw_paths(ways.values(), list(ways), args.gif)
-        print0(f"wrote {args.gif}")
+    picture = args.out.suffix == ".png"
+    checkpoint, classes, how, settings = open_sampler(args.checkpoint, args, device, picture)
+    names = [checkpoint.classes[c] for c in classes]
+    n = settings["n"]
+    if not picture:
+        labels = [classes[i % len(classes)] for i in range(n)]
+        settings["class_names"] = checkpoint.classes
+        write_samples(checkpoint, labels, args.out, args.batch_size or 64, how, settings)
+    elif RANK == 0:
+        images = checkpoint.sample(classes, math.ceil(n / len(classes)), args.batch_size or 64, **how)
+        save_picture(grid(images, names), args.out)
+    print0(f"wrote {args.out}")
 
 if __name__ == "__main__":
     run(main)

@@ -2,21 +2,20 @@
 
     torchrun train.py --space pixel                            the demo: built-in shapes, k finds x-prediction
     torchrun train.py --space latent                           the same in latents: k stays in between
+    torchrun train.py --space pixel --data photos --image_size 64                      your own pictures
     torchrun --nproc_per_node=8 train.py --space pixel --data imagenet/train           Table 4
-    torchrun train.py --space pixel --data photos --image_size 64 --preset small       your own pictures
 
-The same command again resumes from its last checkpoint; --dry_run prints what a command would do.
+The same command again resumes from its last checkpoint. --dry_run prints what a command would do.
 """
-import argparse
-import csv
+import copy
 import math
-import os
 import signal
+import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -24,498 +23,641 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import (LOCAL_WORLD, RANK, VAVAE, WORLD, Codec, Latents, PatchPCA, all_reduce, barrier,
-                  check_ranges, checked, leave, need, new_parser, open_dataset, order, print0, read_tensors,
-                  run, seed_of, setup, some_items, write_atomically)
-from model import gmacs
-from objective import LOSSES, TARGETS, fixed_k, k_of_innovation
-from sample import (assemble, autocast, compile_network, draw_curves, draw_k_of_t, draw_spectrum,
-                    fastest_dtype, grid, pack_codec, read_log, read_rows, read_weights, sample_all, shape_of,
-                    unpack_codec, write_rows)
+from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, Latents, PatchPCA, UserError,
+                  all_reduce, barrier, batch_indices, exit_now, first_decides, new_file, new_parser, on_signals, open_dataset, open_vavae, own_folder, print0,
+                  read_tensors, reading, require, run, seed_of, setup, some_items)
+from model import TABLES, VAVAE, gmacs
+from objective import LOSSES, TARGETS, ends, target_row
+from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state, compile_network,
+                    default_average, draw_curves, fastest_dtype, grid, open_codec, read_checkpoint, read_log,
+                    read_rows, save_picture, write_rows)
 
-TABLE_4 = {   #      latent                  pixel                   the flag's help
-    "model":         ("LightningDiT-XL/1",    None,                   "a size that `python model.py` lists"),
-    "image_size":    (256,                    256,                    "pixels"),
-    "epochs":        (800.0,                  600.0,                  "passes over the data"),
-    "warmup_epochs": (0.0,                    5.0,                    "of linear warmup"),
-    "batch_size":    (1024,                   1024,                   "images a step, over all processes"),
-    "lr":            (2e-4,                   2e-4,                   "learning rate after the warmup"),
-    "k_lr":          (1.0,                    1.0,                    "that of w, a multiple of --lr"),
-    "ema":           ([.9999, .9998, .9996],  [.9999, .9998, .9996],  "decays of averages of the weights"),
-    "t_mean":        (0.0,                    -0.8,                   "of the normal whose sigmoid is t"),
-    "t_std":         (1.0,                    0.8,                    "of the same"),
-    "noise_scale":   (1.0,                    None,                   "in pixels image_size / 256"),
-    "tau":           (None,                   0.05,                   "least Delta; 0 if it cannot vanish"),
-    "label_drop":    (0.1,                    0.1,                    "probability of having no label"),
-    "cfg":           (1.5,                    2.9,                    "guidance scale of pictures"),
-    "interval":      ([0.1, 1.0],             [0.1, 1.0],             "times within which guidance acts"),
-    "log_every":     (50,                     50,                     "steps"),
-    "save_every":    (1000,                   1000,                   "steps between checkpoints"),
-    "sample_every":  (5000,                   5000,                   "steps between pictures; 0: none"),
-    "tokenizer":     (None,                   None,                   "pca (of patches), or VA-VAE weights"),
-}
-# What other presets change, (latent, pixel) where the two differ. The demo's patch has more values than its
-# network is wide, so that only x fits through (JiT); small is for 1,000 to 50,000 pictures at 64 to 128 px.
-PRESETS = {
-    "paper": {},
-    "demo": dict(model=("LightningDiT-demo/1", "JiT-demo/8"), image_size=32, epochs=(13.0, 10.0),
-                 warmup_epochs=0.25, batch_size=64, lr=4e-3, k_lr=(1.0, 10.0), ema=[.99, .98, .95],
-                 noise_scale=1.0, cfg=2.0, log_every=20, save_every=500, sample_every=500,
-                 tokenizer=("pca", None)),
-    "small": dict(model=("LightningDiT-S/1", None), image_size=64, epochs=400.0, batch_size=64, lr=5e-4,
-                  k_lr=(1.0, 10.0), ema=[.9995, .999, .995], noise_scale=1.0, cfg=None, log_every=20,
-                  save_every=500, sample_every=1000, tokenizer=("pca", None)),
-}
-FASHION = PRESETS["demo"] | dict(epochs=4.267, warmup_epochs=0.03, ema=[.999, .998, .995], save_every=1000,
-                                 sample_every=1000)                         # the demo on 60,000 pictures
-COMPONENTS = ("channel", "asym")      # targets that take the principal components of patches as channels
+# Table 4. A row is a flag. The columns are the two spaces; "-" leaves the choice to fill_in().
+TABLE_4 = """
+                    latent                  pixel
+    --model         LightningDiT-XL/1       -
+    --image_size    256                     256
+    --epochs        800                     600
+    --warmup_epochs 0                       5
+    --batch_size    1024                    1024
+    --lr            2e-4                    2e-4
+    --k_lr          1                       1
+    --ema           .9999 .9998 .9996       .9999 .9998 .9996
+    --t_mean        0                       -0.8
+    --t_std         1                       0.8
+    --noise_scale   1                       -
+    --tau           -                       0.05
+    --label_drop    0.1                     0.1
+    --cfg           1.5                     2.9
+    --interval      0.1 1.0                 0.1 1.0
+    --log_every     50                      50
+    --save_every    5000                    5000
+    --sample_every  5000                    5000
+"""
+# The demo. A patch has more values than the network is wide, so that only data can pass (JiT).
+DEMO = """
+    --model         LightningDiT-demo/1     JiT-demo/8
+    --image_size    32                      32
+    --epochs        13                      10
+    --warmup_epochs 0.25                    0.25
+    --batch_size    64                      64
+    --lr            4e-3                    4e-3
+    --k_lr          1                       10
+    --ema           .99 .98 .95             .99 .98 .95
+    --noise_scale   1                       1
+    --cfg           2                       2
+    --log_every     20                      20
+    --save_every    500                     500
+    --sample_every  500                     500
+    --tokenizer     pca                     -
+"""
+# The demo on 60,000 pictures.
+FASHION = """
+    --epochs        4.267                   4.267
+    --warmup_epochs 0.03                    0.03
+    --ema           .999 .998 .995          .999 .998 .995
+    --save_every    1000                    1000
+    --sample_every  1000                    1000
+"""
+# Own pictures: 1,000 to 50,000 of 64 to 128 px, on one GPU.
+SMALL = """
+    --model         LightningDiT-S/1        JiT-S
+    --image_size    64                      64
+    --epochs        400                     400
+    --warmup_epochs 0                       5
+    --lr            5e-4                    5e-4
+    --ema           .9995 .999 .995         .9995 .999 .995
+    --sample_every  1000                    1000
+"""
+# Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores.
+LAPTOP = """
+    --model         LightningDiT-demo/1     JiT-demo
+    --steps         8000                    8000
+"""
+# A preset is flags that come before yours; of two equal flags the later wins.
+PRESETS = {"paper": TABLE_4, "demo": TABLE_4 + DEMO, "fashion": TABLE_4 + DEMO + FASHION,
+           "small": TABLE_4 + DEMO + SMALL, "laptop": TABLE_4 + DEMO + FASHION + LAPTOP}
 
-# What a resumed run must share with its checkpoint; all else may change, and is told.
-FIXED = ("model", "target", "space", "loss", "images", "num_classes", "net_size", "in_channels", "batch_size",
-         "seed", "flip", "qk_norm", "ema", "t_mean", "t_std", "noise_scale", "tau", "label_drop")
+FLAGS = f"""
+    --space         pixel|latent        the column of Table 4 (default pixel)
+    --preset        {"|".join(PRESETS)}     other defaults (default: what fits --data and --image_size)
+    --out           text                folder of checkpoints, log, pictures (default out/SPACE[-DATA][-TARGET])
+    --steps         count               optimizer steps in all (default: from --epochs)
+    --epochs        amount              passes over the data
+    --seed          integer             of weights, order, noise, pictures (default 0)
+    --init          text                start from the weights of this checkpoint, ours or published
+    --dry_run       switch              print what would be done and how long it takes, and stop
 
-def train(state, codec, data, args, device):
+    --data          text                {", ".join(DATASETS)}, or a path: images, latents, a packed file
+    --data_dir      text                the folder with the files of --data fashion, if they are elsewhere
+    --image_size    count               pixels
+    --tokenizer     text                for latents: pca (of patches), or VA-VAE weights
+    --flip          yes/no              mirror pictures of --data at random (default yes)
+    --workers       whole               loading processes of each process (default: at most 8; for the demo 0)
+
+    --model         text                a size that `python model.py` lists
+    --qk_norm       switch              LightningDiT: normalise queries and keys
+    --activation_checkpointing switch   recompute activations: less memory, slower
+    --compile       yes/no              compile each block (default: on GPUs, except for the demo)
+    --dtype         float32|bfloat16    of autocast (default: bfloat16 if the GPU has it)
+
+    --target        text                {", ".join(TARGETS)}, or a number in [0, 1] (default k)
+    --loss          {"|".join(LOSSES)}           the variable whose error is squared (default v)
+    --t_mean        number              of the normal whose sigmoid is t
+    --t_std         amount              of the same
+    --noise_scale   amount              standard deviation of the noise (in pixels image_size / 256)
+    --tau           amount              the least Delta (default: 0 if Delta cannot vanish, else 0.05)
+    --label_drop    amount              probability of having no label
+
+    --batch_size    count               images a step, over all processes
+    --micro_batch   count               images at a time on each process (default: at most 128)
+    --lr            amount              learning rate after the warmup
+    --k_lr          amount              that of w, a multiple of --lr; 0 keeps k fixed
+    --warmup_epochs amount              of linear warmup
+    --clip          amount              largest gradient norm; 0: any (default 0)
+    --ema           amounts             decays of averages of the weights
+
+    --log_every     count               steps between lines
+    --save_every    count               steps between checkpoints
+    --keep_every    whole               steps between checkpoints that stay, as ckpt-STEP.pt (default 0: none)
+    --sample_every  whole               steps between pictures; 0: only at the end
+    --samples       whole               images in a picture; 0: no pictures (default 64; small machines 8)
+    --cfg           amount              guidance scale of pictures
+    --interval      amounts             two times between which guidance acts
+"""
+
+# What a resumed run must share with its checkpoint. All else may change; changes are printed.
+FIXED = ("model target space loss data shape num_classes batch_size seed flip qk_norm ema t_mean t_std "
+         "noise_scale tau label_drop").split()
+
+def train(state, data, args):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every step.
-    state: a State. data, codec: a dataset, and what makes its items the network's x. args needs steps, seed,
-    batch_size, micro_batch, workers, lr, k_lr, warmup_epochs, clip, dtype. The loss is this process's; the
-    norm of a step that was skipped is not finite. Whoever drives the loop logs, saves, shows, stops."""
+    state: a State; data: a Dataset; args needs steps, seed, batch_size, micro_batch, workers, lr, k_lr,
+    warmup_epochs, clip, dtype. The loss is this process's. The norm is not finite if the step was skipped.
+    The caller logs, saves, draws and stops."""
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")             # renamed in torch 2.13
-    model = state.kdiff if WORLD == 1 else DistributedDataParallel(
-        state.kdiff, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False,
-        gradient_as_bucket_view=True)
-    warmup, share = args.warmup_epochs * len(data) / args.batch_size, args.batch_size // WORLD
+    device = state.parameters[0].device
+    model = state.kdiff
+    if WORLD > 1:
+        model = DistributedDataParallel(
+            state.kdiff, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
+    warmup = args.warmup_epochs * len(data) / args.batch_size
+    share = args.batch_size // WORLD
 
-    # draw a batch: uint8 images or latents (share, ...), labels (share,), in the order of data.order
+    # draw a batch: uint8 images or latents (share, ...), labels (share,), in the order of batch_indices
     for step, (batch, labels) in enumerate(batches(data, args, state.step, device), state.step):
         # noise, t and label drop of an image follow from the step and its place in the global batch
         seeds = [seed_of(args.seed, step, n) for n in range(RANK * share, (RANK + 1) * share)]
+        torch.manual_seed(seeds[0])                                   # whatever else a network may draw
 
-        # the learning rate: linear warmup, then constant; w has a multiple of its own
+        # the learning rate: linear warmup, then constant
         lr = args.lr * min(1.0, (step + 1) / max(warmup, 1))
-        for group, factor in zip(state.optimizer.param_groups, (1.0, args.k_lr)):
-            group["lr"] = lr * factor
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr if group.get("of_net", True) else lr * args.k_lr
 
-        # forward and backward; gradients accumulate over micro batches, and over processes at the last
+        # forward and backward; gradients add up over micro batches, and over processes at the last one
         loss = 0.0
         for i in range(0, share, args.micro_batch):
             part = slice(i, i + args.micro_batch)
-            x = codec.encode(batch[part].to(device, non_blocking=True))                  # (N, C, H, W)
+            x = state.codec.encode(batch[part].to(device, non_blocking=True))            # (N, C, H, W)
             y = labels[part].to(device, non_blocking=True)                               # (N,)
-            with model.no_sync() if WORLD > 1 and i + args.micro_batch < share else nullcontext():
-                with autocast(device, args.dtype):
-                    mean = model(x, y, seeds[part]) * (len(x) / share)
+            more = WORLD > 1 and i + args.micro_batch < share
+            with model.no_sync() if more else nullcontext(), autocast(device, args.dtype):
+                mean = model(x, y, seeds[part]) * (len(x) / share)
+            with model.no_sync() if more else nullcontext():
                 # a loss that is not finite makes every gradient so, and through DDP's sum on every process
                 mean.backward(torch.where(mean.isfinite(), 1.0, torch.nan))
             loss = loss + mean.detach()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, args.clip, norm)
 
-        # skip what is not finite, on all processes alike: the one place where a step waits for the device
+        # skip what is not finite, on all processes alike: the only place where a step waits for the device
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(norm):
             # update the weights, then their averages, which sample: decay * average + (1 - decay) * weight
             state.optimizer.step()
             for decay, average in state.averages.items():
-                get_ema_multi_avg_fn(float(decay))(average, state.parameters, None)
+                update = get_ema_multi_avg_fn(float(decay))
+                update(list(average.parameters()), list(state.kdiff.parameters()), None)
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         yield loss, norm, lr
 
 def main():
-    """Train, from the last checkpoint where there is one; log, save and show on the way."""
+    """Prepare a run as the flags say, print what it is, and train."""
     args = parse()
     device = setup(args.device)
-    data, codec = open_data(args)
-    config = settle(args, data, codec, device)
-    torch.manual_seed(args.seed)
+    data = open_data(args)
+    codec = make_codec(args, data)
+    for buffer in codec.buffers() if WORLD > 1 else ():    # machines may differ in a component's sign
+        dist.broadcast(buffer, 0)
+    config = make_config(args, data, codec, device)
+    torch.manual_seed(args.seed % 2 ** 63)
     with torch.device("meta" if args.dry_run else "cpu"):                        # a dry run needs no weights
-        kdiff = assemble(config)
+        kdiff = build_kdiff(config)
     describe(args, config, kdiff, data)
     if args.dry_run:
-        return time_a_step(args, config, device)
+        return estimate(args, config, device)
+    if args.init:
+        codec = start_from(args, config, kdiff, codec, data.classes)
+    state = State(kdiff.to(device).train(), codec, config, data.classes)
+    with own_folder(args.out):
+        resume(args, state)
+        state.codec.to(device)
+        if args.compile:
+            compile_network(kdiff.net)
+        kdiff.net.checkpointing = args.activation_checkpointing
+        run_training(args, state, data)
+
+def run_training(args, state, data):
+    """Train to the last step, or until a signal. Log, save and draw on the way."""
     path = args.out / "ckpt.pt"
-    if args.init and not path.exists():
-        start_from(args.init, kdiff, args, len(data.classes))
-    state = State(kdiff.to(device).train(), args.ema)
-    codec = resume(path, state, codec, config, args, data).to(device)
-    if state.step >= args.steps and (not args.samples or (args.out / "samples.png").exists()):
+    pictures = args.out / "curves.png"                     # drawn last, after the last save
+    drawn = path.exists() and pictures.exists() and pictures.stat().st_mtime >= path.stat().st_mtime
+    if first_decides(state.step >= args.steps and drawn):
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
                       "(--steps for more, --out for another run)")
-    if args.compile:
-        compile_network(kdiff.net)
-    kdiff.net.checkpointing = args.activation_checkpointing
-    saved, log, asked = state.step, Log(args.out / "log.csv", state, args, data), []
-    on_signals(lambda number, frame: asked.append(number))
-
-    for loss, norm, lr in train(state, codec, data, args, device):
-        stop = agreed(asked[0] if asked else 0)            # by any process: all leave after the same step
-        last = state.step == args.steps or stop
-        # log
-        log.add(loss, norm)
-        if state.step % args.log_every == 0 or last:
-            log.write(lr)
-        need(log.bad_in_a_row < 10, "10 steps in a row had a loss or gradient that is not finite; "
-             f"{path} at step {saved} is intact: try a lower --lr, --clip 1, --qk_norm or --dtype float32")
-        # save
-        if state.step % args.save_every == 0 or last:
-            save(path, state, config, codec, data)
-            saved = state.step
-        if args.keep_every and state.step % args.keep_every == 0:
-            save(args.out / f"ckpt-{state.step:07}.pt", state, config, codec, data)
-        if stop:
-            barrier()                                      # until the first process has written it
-            print0(f"stopped by signal {stop} after step {state.step:,}; the same command resumes {path}")
-            leave(128 + stop)
-        # show
-        if args.sample_every and state.step % args.sample_every == 0 and not last:
-            if RANK == 0:
-                show(args, state, codec, data, config, last=False)
-            barrier()                                      # what the others wait is not counted as training
-            log.restart()
+    saved = state.step
+    log = Log(args.out / "log.csv", state, args, data)
+    signals = []
+    on_signals(lambda number, frame: signals.append(number))
+    try:
+        for loss, norm, lr in train(state, data, args):
+            stop = max_over_processes(signals[0] if signals else 0)      # all leave after the same step
+            last = state.step == args.steps or stop
+            # log
+            log.add(loss, norm)
+            if state.step % args.log_every == 0 or last:
+                log.write(lr)
+            require(log.bad_in_a_row < 10, "10 steps in a row had a loss or gradient that is not finite; "
+                    f"{path} at step {saved} is intact: try a lower --lr, --clip 1 or --dtype float32")
+            # save
+            if state.step % args.save_every == 0 or last:
+                save(path, state)
+                saved = state.step
+            if args.keep_every and state.step % args.keep_every == 0:
+                save(args.out / f"ckpt-{state.step:07}.pt", state)
+            if stop:
+                barrier()                                  # until the first process has written it
+                print0(f"stopped by signal {stop} after step {state.step:,}; the same command resumes {path}")
+                exit_now(128 + stop)
+            # draw
+            if args.sample_every and state.step % args.sample_every == 0 and not last:
+                if RANK == 0:
+                    draw(args, state, f"samples-{state.step:07}.png")
+                barrier()                                  # the others' wait does not count as training
+                log.restart()
+    except (FileError, OSError, RuntimeError):             # a damaged image, a lost process, a closed terminal
+        with suppress(UserError, RuntimeError):
+            if state.step > saved and not log.bad_in_a_row:
+                save(path, state)
+        raise
     on_signals(signal.SIG_DFL)                             # all is saved: nothing can be lost from here on
     if RANK == 0:
-        written = ", ".join(map(str, show(args, state, codec, data, config, last=True)))
+        written = draw(args, state, "samples.png")
         print0(f"done in {timedelta(seconds=int(time.perf_counter() - log.began))}. Look at {written}; "
                f"more samples: python sample.py {path}")
 
 # ---- What training changes, and its checkpoints ------------------------------------------------------------
 
 class State:
-    """A KDiff, its optimizer, the averages of its weights at several decays, the number of steps taken."""
+    """What a checkpoint contains: a KDiff, its averages (KDiffs too) at the decays of config["ema"], their
+    optimizer, the Codec of the data, the config, the names of the classes, the number of steps taken."""
 
-    def __init__(self, kdiff, decays):
-        self.kdiff, self.step, self.skipped = kdiff, 0, 0
-        self.names, self.parameters = zip(*((n, p) for n, p in kdiff.named_parameters() if p.requires_grad))
-        groups = [{"params": list(kdiff.net.parameters())}]
-        groups += [] if kdiff.w is None else [{"params": [kdiff.w]}]
+    def __init__(self, kdiff, codec, config, classes):
+        self.kdiff = kdiff
+        self.codec = codec
+        self.config = config
+        self.classes = classes
+        self.step = 0
+        self.skipped = 0
+        self.averages = {str(decay): copy.deepcopy(kdiff).eval().requires_grad_(False) for decay in config["ema"]}
+        trained = [(name, p) for name, p in kdiff.named_parameters() if p.requires_grad]
+        self.parameters = [p for _, p in trained]
+        groups = [{"of_net": True, "params": [p for name, p in trained if name.startswith("net.")]},
+                  {"of_net": False, "params": [p for name, p in trained if not name.startswith("net.")]}]
+        groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.averages = {str(decay): [p.detach().clone() for p in self.parameters] for decay in decays}
 
-    @contextmanager
-    def averaged(self, decay):
-        """Within: the network is the average of that decay, ready to sample."""
-        def swap():
-            for p, average in zip(self.parameters, self.averages[decay]):
-                p.data, average.data = average.data, p.data
-        swap()
-        try:
-            yield self.kdiff.eval()
-        finally:
-            swap()
-            self.kdiff.train()
-
-def save(path, state, config, codec, data):
-    """Write a checkpoint, whole or not at all. UserError where the weights are not finite."""
-    every = [*state.parameters, *(t for average in state.averages.values() for t in average),
-             *(t for moments in state.optimizer.state.values() for t in moments.values())]
-    need(torch.stack([t.isfinite().all().to(state.parameters[0].device) for t in every]).all(),
-         f"the weights after step {state.step} are not finite: {path} keeps what it held; try a lower --lr")
+def save(path, state):
+    """Write a checkpoint, whole or not at all. UserError if a number in it is not finite."""
     weights = state.kdiff.state_dict()
-    checkpoint = {"step": state.step, "model": weights, "optimizer": state.optimizer.state_dict(),
-                  "ema": {decay: weights | dict(zip(state.names, average))
-                          for decay, average in state.averages.items()},
-                  "skipped": state.skipped, "config": config,
-                  "data": {"classes": data.classes, **pack_codec(codec, config["tokenizer"])}}
+    averages = {decay: average.state_dict() for decay, average in state.averages.items()}
+    for numbers in (weights, *averages.values(), *state.optimizer.state.values()):
+        finite = all(number.isfinite().all() for number in numbers.values() if torch.is_tensor(number))
+        require(finite, f"the weights after step {state.step} are not finite: {path} is as before; "
+                "try a lower --lr")
     if RANK == 0:
-        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        data = codec_state(state.codec, state.config.get("tokenizer")) | {"classes": state.classes}
+        with new_file(path) as file:
+            torch.save({"step": state.step, "skipped": state.skipped, "model": weights, "ema": averages, "data": data,
+                        "optimizer": state.optimizer.state_dict(), "config": state.config}, file)
 
-def resume(path, state, codec, config, args, data):
-    """Load the checkpoint, if any, into the state; returns its codec. UserError, naming what differs."""
-    if path.exists():
-        file = read_tensors(path, mmap=state.parameters[0].is_cuda)      # many processes share one copy
-        with checked(path, "of this version", remedy="; name another --out or remove it"):
-            before = file["config"]
-            for key in FIXED:
-                need(before.get(key) == config[key], f"--out {path.parent} holds a run with {key} "
-                     f"{before.get(key)}, not {config[key]}: name another --out, or remove it")
-            need(file["data"]["classes"] == data.classes,
-                 f"--out {path.parent} holds a run with other data: name another --out, or remove it")
-            for key in sorted({*before, *config} - {"out", "data"}):
-                if before.get(key) != config.get(key):
-                    print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
-            state.kdiff.load_state_dict(file["model"])
-            for decay, average in state.averages.items():
-                for name, tensor in zip(state.names, average):
-                    tensor.copy_(file["ema"][decay][name])
-            state.optimizer.load_state_dict(file["optimizer"])
-            state.step, state.skipped = file["step"], file["skipped"]
-            codec = unpack_codec(file["data"], args.tokenizer if args.tokenizer != "pca" else None)
-        print0(f"resuming from {path} at step {state.step:,}")
-    need(agreed(state.step) == -agreed(-state.step), f"--out {path.parent}: to be shared by all machines")
+def resume(args, state):
+    """Load the run's checkpoint, if any, into the state. UserError that names what differs."""
+    path = args.out / "ckpt.pt"
+    if not path.exists():
+        return
+    file = read_tensors(path, mmap=state.parameters[0].is_cuda)          # many processes share one copy
+    before, config = file.get("config", {}), state.config
+    for key in FIXED:
+        require(before.get(key) == config[key], f"--out {args.out} contains a run with {key} {before.get(key)}, "
+                f"not {config[key]}: name another --out, or remove it (--init {path} starts from its weights)")
+    for key in sorted({*before, *config} - {"out", "data", "preset"}):
+        if before.get(key) != config.get(key):
+            print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
+    with reading(path, "a checkpoint of this version", "; name another --out or remove it"):
+        state.kdiff.load_state_dict(file["model"])
+        for decay, average in state.averages.items():
+            average.load_state_dict(file["ema"][decay])
+        state.optimizer.load_state_dict(file["optimizer"])
+        state.step, state.skipped = file["step"], file["skipped"]
+        data = file["data"]
+    state.codec = open_codec(data, vavae_file(args))
+    print0(f"resuming from {path} at step {state.step:,}")
+
+def start_from(args, config, kdiff, codec, classes):
+    """Load the weights of --init, ours or published, and return the codec that belongs to them. Not the w of
+    another target, nor the labels of other classes. Fixed tables are computed for this run's sizes."""
+    source, weights, state, *_ = read_checkpoint(args.init)
+    name = f"--init {args.init}"
+    require(source["model"] == args.model, f"{name} contains a {source['model']}, not a {args.model}")
+    left_out = [f"net.{table}" for table in TABLES]
+    if source["target"] != args.target:
+        left_out.append("w")
+        print0(f"{name} predicts {source['target']}, this run {args.target}: it will have to adapt")
+    if source["shape"] != config["shape"]:
+        print0(f"{name} is for x of {source['shape']}, this run for {config['shape']}: positions are new")
+    known = state["classes"]
+    if known not in (classes, [str(i) for i in range(len(classes))]):    # published files have numbers
+        left_out.append("net.y_embedder.embedding_table.weight")
+        print0(f"{name} has {len(known)} classes, which are not these {len(classes)}: labels start again")
+    if state.get("mean") is not None or state.get("pca"):
+        codec = open_codec(state, vavae_file(args))
+        print0(f"{name} brings its statistics of the data: they are kept")
+    weights = {key: value for key, value in weights.items() if key not in left_out}
+    with reading(args.init, f"a {args.model} for these data"):
+        kdiff.load_state_dict(kdiff.state_dict() | weights)
     return codec
+
+def vavae_file(args):
+    """The VA-VAE that --tokenizer names, if any."""
+    return None if args.tokenizer == "pca" else args.tokenizer
 
 # ---- Settings: a flag, else the preset's value -------------------------------------------------------------
 
-def parse():
-    """The command line over its preset."""
-    parser, yes_no = new_parser(__doc__), argparse.BooleanOptionalAction
-    add = parser.add_argument
-    add("--space", choices=("pixel", "latent"), default="pixel", help="column of Table 4 (default pixel)")
-    add("--data", default="shapes", help="shapes, fashion, or a path: images, latents, a packed .npy")
-    add("--data_dir", help="where the files of --data fashion lie, if not where they are looked for")
-    add("--preset", choices=list(PRESETS), help="other defaults (demo for built-in data, else paper)")
-    add("--out", help="folder of checkpoints, log and pictures (default out/SPACE[-DATA][-TARGET])")
-    add("--target", default="k", help=f"{', '.join(TARGETS)}, or a number in [0, 1]: k, fixed (default k)")
-    add("--loss", choices=LOSSES, default="v", help="the variable whose error is squared (default v)")
-    add("--steps", type=int, help="optimiser steps in all (default: from --epochs)")
-    add("--seed", type=int, default=0, help="of weights, order, noise, pictures (default 0)")
-    add("--init", metavar="CKPT", help="start from these weights, ours or published")
-    add("--dry_run", action="store_true", help="print what would be done and how long it takes, and stop")
-    add("--device", help="cuda, cpu, mps, ... (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 if the GPU has it)")
-    add("--compile", action=yes_no, help="compile each block (default: on GPUs, but for the demo)")
-    add("--activation_checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--micro_batch", type=int, help="images at a time on a process (default: at most 128)")
-    add("--workers", type=int, help="loading processes of each training process")
-    add("--flip", action=yes_no, default=True, help="mirror images of --data at random")
-    add("--qk_norm", action="store_true", help="LightningDiT: normalise queries and keys")
-    add("--clip", type=float, default=0.0, help="largest gradient norm; 0: none")
-    add("--keep_every", type=int, default=0, help="steps between checkpoints that stay, as ckpt-STEP.pt")
-    add("--samples", type=int, help="images in a picture; 0: no pictures")
-    add("--sample_steps", type=int, help="solver steps for pictures (default 25; on a GPU 50)")
-    for name, (latent, pixel, text) in TABLE_4.items():
-        value = pixel if latent is None else latent
-        many = {"nargs": "+" if name == "ema" else 2} if isinstance(value, list) else {}
-        kind = type(value[0] if many else value or "")
-        add(f"--{name}", type=kind, help=f"{text} (paper: {latent} / {pixel})", **many)
-    return from_preset(parser.parse_args())
-
-def from_preset(args):
-    """The flags of args, the preset's values where none was given. UserError for what cannot work."""
-    args.preset = args.preset or ("demo" if args.data in ("shapes", "fashion") else "paper")
-    preset = FASHION if (args.data, args.preset) == ("fashion", "demo") else PRESETS[args.preset]
-    values = {name: preset.get(name, columns[:2]) for name, columns in TABLE_4.items()}
-    fill(args, {name: value[args.space == "pixel"] if isinstance(value, tuple) else value
-                for name, value in values.items()})
-    check_ranges(args, batch_size=1, log_every=1, save_every=1, micro_batch=1, image_size=1, steps=1,
-                 epochs=0, sample_every=0, keep_every=0, samples=0, sample_steps=1, workers=0, lr=0, k_lr=0,
-                 clip=0, warmup_epochs=0, label_drop=0, noise_scale=0, t_std=0, tau=0)
-    table4 = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
-    args.model = args.model or (f"JiT-S/{args.image_size // 8}" if args.preset == "small" else table4)
-    need(args.model, f"--image_size {args.image_size} has no network in Table 4: "
-         "try --preset small, or name one, such as --model JiT-B/16")
-    need(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays lie between 0 and 1")
-    end = args.target == "eps" or fixed_k(args.target) == 0               # Delta = t vanishes with t
-    vanishes = end or args.target in ("x", "asym") or fixed_k(args.target) == 1
-    fill(args, {"noise_scale": args.image_size / 256, "tau": 0.05 if vanishes else 0.0})
-    need(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
-    need(args.tau or not end, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
-    name = args.space + ("" if args.data == "shapes" else f"-{Path(args.data).stem}")
-    args.out = Path(args.out or f"out/{name}" + ("" if args.target == "k" else f"-{args.target}"))
+def parse(argv=None):
+    """The command line after its preset. argv: a list of words; None: the program's."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = new_parser(__doc__, FLAGS)
+    parser.set_defaults(space="pixel", data="shapes", target="k", loss="v", seed=0, flip=True, clip=0.0,
+                        keep_every=0)
+    args = parser.parse_args(argv)
+    preset = args.preset or choose_preset(args)
+    args = parser.parse_args(preset_flags(preset, args.space) + argv)
+    args.preset = preset
+    fill_in(args)
     return args
 
-def fill(args, values):
+def choose_preset(args):
+    """The preset that fits the data and the size."""
+    if args.data in DATASETS:
+        return args.data if args.data in PRESETS else "demo"
+    if args.model or args.image_size in (None, 256, 512):
+        return "paper"
+    return "small" if args.image_size >= 64 else "laptop"
+
+def preset_flags(preset, space):
+    """The flags of a preset, as words, from the column of a space."""
+    words = []
+    for row in PRESETS[preset].splitlines():
+        cell = row[44:] if space == "pixel" else row[20:44]
+        if "--" in row and cell.strip() != "-":
+            words += [row[:20].strip(), *cell.split()]
+    return words
+
+def fill_in(args):
+    """Set what follows from other flags. UserError for what cannot work."""
+    require(args.space == "latent" or not args.tokenizer, "--tokenizer has no effect in pixels: --space latent")
+    require(args.data == "fashion" or not args.data_dir, f"--data_dir has no effect on --data {args.data}")
+    require(args.space == "latent" or not args.qk_norm, "--qk_norm has no effect on JiT, which always has it")
+    if not args.model:
+        args.model = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
+        require(args.model, f"--image_size {args.image_size} has no network in Table 4: "
+                "try --preset small, or name one, such as --model JiT-B/16")
+    if "/" not in args.model:                              # a preset's, for pictures of any size: 8 x 8 patches
+        patch = math.ceil(args.image_size / 8)
+        require(args.image_size == 8 * patch, f"--image_size {args.image_size} is no multiple of 8: try {8 * patch}, "
+                f"or name a patch that divides it, such as --model {args.model}/1")
+        args.model += f"/{patch}"
+    at_0, at_1 = ends(args.target)                         # 0 if Delta vanishes there
+    fill(args, noise_scale=args.image_size / 256, tau=0.0 if at_0 and at_1 else 0.05)
+    check_interval(args.interval)
+    require(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays are between 0 and 1")
+    require(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
+    require(args.tau or at_0, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
+
+def fill(args, **values):
     """Set the flags that were not given."""
     for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 def open_data(args):
-    """The dataset and the Codec that makes it the network's x. UserError where data and space do not fit."""
+    """The dataset that --data names. UserError if it does not fit the other flags."""
     data = open_dataset(args.data, args.image_size, args.data_dir)
-    data.flips, data.seed = data.flips and args.flip, args.seed
-    if isinstance(data, Latents):
-        need(args.space == "latent", f"--data {args.data} holds latents: pass --space latent")
-        (C, h, w), tokenizer = data.shape, None if args.tokenizer == "pca" else args.tokenizer
-        need(h == w and args.image_size == h * VAVAE.factor, f"--data {args.data} holds latents of {h}x{w}: "
-             f"they fit --image_size {h * VAVAE.factor}, not {args.image_size}")
-        need(not tokenizer or C == VAVAE.channels,
-             f"--data {args.data} holds latents of {C} channels: --tokenizer has {VAVAE.channels}")
-        codec = Codec(VAVAE(tokenizer) if tokenizer else None, data.mean, data.std)
-        std = codec.encode(some_items(data, 64)).std().item()
-        need(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
-        return data, codec
-    if args.space == "pixel" and args.target not in COMPONENTS:
-        return data, Codec()
-    need(args.space == "pixel" or args.tokenizer == "pca", f"--data {args.data} holds images: pass "
-         f"--tokenizer pca, or run `python data.py encode {args.data} --tokenizer FILE --image_size "
-         f"{args.image_size} --out latents` and pass --data latents")
-    patch = args.model.rpartition("/")[2] if args.space == "pixel" else "8"
-    need(patch.isdecimal() and int(patch), f"--model {args.model}: NAME/PATCH expected, such as JiT-B/16")
-    patch = int(patch)
-    need(args.image_size % patch == 0, f"--image_size {args.image_size}: no multiple of the patch, {patch}")
-    images = Codec().encode(some_items(data))
-    if args.space == "pixel":              # all components, orthonormal: noise stays white, nothing is lost
-        codec = Codec(PatchPCA.fit(images, patch, 3 * patch ** 2))
-    else:
-        tokenizer = PatchPCA.fit(images, patch, 16)
-        std, mean = torch.std_mean(tokenizer.encode(images), (0, 2, 3), keepdim=True)
-        codec = Codec(tokenizer, mean, std)
-    for buffer in codec.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)          # machines may differ in a component's sign
-    return data, codec
+    data.flips = data.flips and args.flip
+    data.seed = args.seed
+    latents = isinstance(data, Latents)
+    _, height, width = data[0][0].shape
+    size = height * VAVAE.factor if latents else height
+    require(size == args.image_size, f"--data {args.data}: its items need --image_size {size}")
+    require(args.space == "latent" or not latents, f"--data {args.data} contains latents: pass --space latent")
+    require(latents or args.space == "pixel" or args.tokenizer == "pca",
+            f"--data {args.data} contains images: pass --tokenizer pca, or run `python data.py encode {args.data} "
+            f"--tokenizer FILE --image_size {args.image_size} --out latents` and pass --data latents")
+    return data
 
-def settle(args, data, codec, device):
-    """Fill in what depends on data and machine; returns the config, all that made a run, as plain values."""
+def make_codec(args, data):
+    """The Codec between the dataset and the network's x. The latents of images are principal components."""
+    if isinstance(data, Latents):
+        file = vavae_file(args)
+        codec = Codec(open_vavae(file) if file else None, data.mean, data.std)
+        require(not file or data.shape[0] == VAVAE.channels,
+                f"--data {args.data}: latents of {data.shape[0]} channels, --tokenizer has {VAVAE.channels}")
+        std = codec.encode(some_items(data, 64)).std().item()
+        require(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
+        return codec
+    components = target_row(args.target)[0] == "C"
+    if args.space == "pixel" and not components:
+        return Codec()
+    patch = args.model.rpartition("/")[2] if args.space == "pixel" else "8"
+    patch = int(patch) if patch.isdecimal() else 0
+    require(patch and args.image_size % patch == 0,
+            f"--model {args.model}: a patch that divides --image_size {args.image_size} is needed")
+    images = Codec().encode(some_items(data))
+    if data.flips:
+        images = torch.cat([images, images.flip(-1)])
+    if args.space == "pixel":              # all components, orthonormal: noise stays white, nothing is lost
+        return Codec(PatchPCA.fit(images, patch, 3 * patch ** 2))
+    pca = PatchPCA.fit(images, patch, 16)
+    std, mean = torch.std_mean(pca.encode(images), (0, 2, 3), keepdim=True)
+    kept = int((std > 0.01).sum())         # the others are the rounding of pixels to 256 levels
+    require(kept, f"--data {args.data}: its pictures are all alike: there is nothing to learn")
+    if kept < 16:
+        print0(f"latents   {kept} of 16 channels, for the others hardly vary")
+    return Codec(PatchPCA(pca.mean, pca.basis[:, :kept]), mean[:, :kept], std[:, :kept])
+
+def make_config(args, data, codec, device):
+    """Fill in what depends on data and machine. Returns the config: all that made a run, as plain values."""
     share = args.batch_size // WORLD
-    need(args.batch_size % WORLD == 0, f"--batch_size {args.batch_size} does not divide over {WORLD} "
-         f"processes: try {max(share, 1) * WORLD}")
-    fits = next(m for m in range(min(share, args.micro_batch or 128), 0, -1) if share % m == 0)
-    need(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} of {share} images: try {fits}")
-    demo, cuda = args.preset == "demo", device.type == "cuda"
-    defaults = {"cfg": 1.0 if len(data.classes) == 1 else 2.0,      # one class leaves nothing to guide to
-                "micro_batch": fits, "steps": max(1, round(args.epochs * len(data) / args.batch_size)),
-                "workers": 0 if demo else min(8, (os.cpu_count() or 1) // LOCAL_WORLD),
-                "dtype": fastest_dtype(device), "compile": cuda and not demo,      # compiling takes a minute
-                "samples": 64 if demo or cuda else 8, "sample_steps": 50 if cuda and not demo else 25}
-    fill(args, defaults)
-    C, size, _ = codec.encode(data[0][0][None])[0].shape
-    faded = [decay for decay in args.ema if decay ** args.steps < 0.01]     # they have forgotten the start
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | {
-        "net_size": size, "in_channels": C, "images": len(data), "num_classes": len(data.classes),
-        "components": args.space == "pixel" and codec.tokenizer is not None, "processes": WORLD,
-        "ema_default": str(max(faded, default=min(args.ema)))}
+    require(args.batch_size % WORLD == 0, f"--batch_size {args.batch_size} does not divide over {WORLD} "
+            f"processes: try {max(share, 1) * WORLD}")
+    most = min(share, args.micro_batch or 128)
+    fits = next(m for m in range(most, 0, -1) if share % m == 0)
+    require(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} of {share} images: try {fits}")
+    demo = args.preset not in ("paper", "small")
+    cuda = device.type == "cuda"
+    fill(args, micro_batch=fits, steps=max(1, round(args.epochs * len(data) / args.batch_size)),
+         workers=0 if demo else min(8, CORES), dtype=fastest_dtype(device), compile=cuda and not demo,
+         samples=64 if demo or cuda else 8)
+    shape = codec.encode(data[0][0][None])[0].shape
+    config = vars(args) | {
+        "shape": list(shape), "num_classes": len(data.classes), "processes": WORLD,
+        "components": args.space == "pixel" and codec.tokenizer is not None, "data": data.fingerprint()}
+    if len(data.classes) == 1 or args.label_drop == 0:                   # nothing to guide away from
+        config["cfg"] = 1.0
+    args.out = Path(args.out or free_folder(args, config["data"]))
+    config["out"] = str(args.out)
+    inside = Path(args.data).resolve() in args.out.resolve().parents
+    require(not (inside and Path(args.data).is_dir()), f"--out {args.out} is inside --data {args.data}, so that "
+            "its pictures would be trained on: name a folder elsewhere")
+    return config
+
+def free_folder(args, fingerprint):
+    """The default of --out: a name made of space, data and target that no run on other data has."""
+    words = [args.space, Path(args.data).resolve().stem, args.target]
+    name = "-".join(word for word in words if word not in ("shapes", "k"))
+    for number in count(2):
+        path = Path("out", name, "ckpt.pt")
+        known = path.exists() and read_tensors(path, mmap=True).get("config", {}).get("data")
+        if not first_decides(known not in (False, fingerprint)):
+            return path.parent
+        print0(f"{path.parent} contains a run on other data; --init {path} would start from its weights")
+        name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
 
 def describe(args, config, kdiff, data):
-    """Print the settings in force and what they amount to; warn where they cannot work."""
-    params, per_epoch = sum(p.numel() for p in kdiff.net.parameters()), len(data) / args.batch_size
-    print0("settings  " + "  ".join(f"{key}={value}" for key, value in config.items() if value is not None
-                                    and key not in ("out", "steps", "epochs", "dry_run")))
+    """Print the settings in force and what they amount to."""
+    params = sum(p.numel() for p in kdiff.net.parameters())
+    per_epoch = len(data) / args.batch_size
+    hidden = ("out", "steps", "epochs", "dry_run")
+    settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
+    print0("settings  " + "  ".join(settings))
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
-           f"{gmacs(kdiff.net, shape_of(config)):.2f} billion multiply-adds an image and forward")
+           f"{gmacs(kdiff.net, config['shape']):.2f} billion multiply-adds an image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
-    if float(config["ema_default"]) < max(args.ema):
-        print0(f"EMA       {max(args.ema)} averages over {1 / (1 - max(args.ema)):,.0f} steps and the run "
-               f"has {args.steps:,}: pictures show {config['ema_default']}; --ema sets others")
-    farthest = args.lr * args.k_lr * args.steps            # Adam moves w by its rate a step
-    if kdiff.w is not None and farthest < 3:
-        remedy = "more --steps" if args.preset == "small" else "--preset small"
-        print0(f"k         w moves by at most {farthest:.2g} in {args.steps:,} steps, so that k stays below "
-               f"{1 / (1 + math.exp(-farthest)):.2f}: try {remedy}")
+    print0(f"pictures  of the average {default_average(map(str, args.ema), args.steps)} of the weights, "
+           f"which has forgotten the start; guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
-def time_a_step(args, config, device):
-    """Print how long the run would take here, from a few images' forward and backward."""
-    kdiff = assemble(config).to(device)
-    cost = 6 * gmacs(kdiff.net, shape_of(config))          # billions of operations an image
+def estimate(args, config, device):
+    """Print how long the run would take here, from forward and backward passes of a few images."""
+    kdiff = build_kdiff(config).to(device)
+    cost = 6 * gmacs(kdiff.net, config["shape"])           # billions of operations an image
     n = min(args.micro_batch, max(1, int(50 / cost)))
-    x = torch.randn(n, *shape_of(config), device=device)
-    for _ in range(3):
-        began = time.perf_counter()
+    x = torch.randn(n, *config["shape"], device=device)
+    cores = Cores()
+    began = time.perf_counter()
+    while True:
+        start = time.perf_counter()
         with autocast(device, args.dtype):
             loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
         loss.backward()
         next(kdiff.net.parameters()).grad.sum().item()     # waits for the device
-        seconds = (time.perf_counter() - began) / n * args.batch_size / WORLD
+        if device.type == "cpu":
+            cores.look()
+        now = time.perf_counter()
+        if now - began > 6:                                # time enough to give up a busy core
+            break
+    seconds = (now - start) / n * args.batch_size / WORLD
     print0(f"time      {seconds:.3g} s a step here (a share of {n} images timed, not compiled), "
-           f"{timedelta(seconds=int(seconds * args.steps))} in all, loading and pictures aside")
-
-def start_from(path, kdiff, args, classes):
-    """Load a checkpoint's network, ours or published; not its w for another target, nor labels of others."""
-    source, weights, *_ = read_weights(path)
-    if source["target"] != args.target:
-        weights = {key: value for key, value in weights.items() if key != "w"}
-        print0(f"--init {path} predicts {source['target']}, this run {args.target}: it will have to adapt")
-    if source["num_classes"] != classes:
-        weights = {key: value for key, value in weights.items() if "y_embedder" not in key}
-        print0(f"--init {path} knows {source['num_classes']} classes, not {classes}: the labels start anew")
-    with checked(f"--init {path}", f"a {args.model} for these data"):
-        kdiff.load_state_dict(kdiff.state_dict() | weights)
+           f"{timedelta(seconds=int(seconds * args.steps))} in all, without loading and pictures")
 
 # ---- Around the loop ---------------------------------------------------------------------------------------
 
 def batches(data, args, start, device):
     """(batch, labels) of this process for the steps left, in an order that the step alone decides."""
-    steps = order(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
-    # a loading process ends with its parent, not with the signal that asks the parent to save first
+    steps = batch_indices(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
     return torch.utils.data.DataLoader(
         data, batch_sampler=steps, num_workers=args.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if args.workers else None, worker_init_fn=partial(on_signals, signal.SIG_IGN))
+        prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
 
-def on_signals(handler, worker=None):
-    """What SIGTERM and SIGINT do from now on in this process, perhaps a loading one."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+def ignore_signals(worker):
+    """A loading process ends with its parent, not with the signal that asks the parent to save first."""
+    on_signals(signal.SIG_IGN)
 
-def agreed(number):
-    """The largest of the processes' numbers, on all of them; compared on the CPU."""
+def max_over_processes(number):
+    """The largest of the processes' numbers, on all of them. Compared on the CPU."""
     return all_reduce(torch.tensor(number), dist.ReduceOp.MAX).item()
 
+class Cores:
+    """Watches how much of a CPU other programs leave. Threads spin while they wait for each other: with less
+    than 0.7 of their cores, one thread less is faster."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        """Count from here."""
+        self.wall = time.perf_counter()
+        self.used = time.process_time()
+
+    def look(self):
+        """Give up a thread if the last two seconds or more say so."""
+        wall = time.perf_counter() - self.wall
+        if wall > 2:
+            cores = (time.process_time() - self.used) / wall
+            threads = torch.get_num_threads()
+            self.restart()
+            if threads > 1 and cores < 0.7 * threads:
+                torch.set_num_threads(threads - 1)
+                print0(f"other programs left {cores:.1f} of {threads} cores: one thread less from now")
+
 class Log:
-    """Lines on the screen and in log.csv; a resumed run first drops the rows that it will write again."""
-    columns = "step epoch loss k k1 k2 k_min k_max lr grad img_per_s skipped".split()
+    """Lines on the screen and in log.csv. A resumed run first drops the rows that it will write again."""
 
     def __init__(self, path, state, args, data):
-        self.path, self.state, self.args, self.per_epoch = path, state, args, len(data) / args.batch_size
-        self.on_cpu = state.parameters[0].device.type == "cpu"
-        self.first, self.began = state.step, time.perf_counter()
-        self.bad_in_a_row, self.good = 0, []
+        self.path = path
+        self.state = state
+        self.args = args
+        self.per_epoch = len(data) / args.batch_size
+        self.cores = Cores()
+        self.first = state.step
+        self.began = time.perf_counter()
+        self.bad_in_a_row = 0
+        self.good = []
         self.restart()
-        with checked(path, "a log that can be continued"):
-            rows = read_rows(path) if state.step and path.exists() else []
-            rows = [row for row in rows if int(row["step"]) <= state.step]
-        barrier()                                          # all have read before the first writes
         if RANK == 0:
-            write_rows(path, self.columns, rows)
+            rows = read_rows(path) if state.step and path.exists() else []
+            with reading(path, "a log that can be continued"):
+                rows = [row for row in rows if int(row["step"]) <= state.step]
+            columns = ["step", "epoch", "loss", *state.kdiff.ks(), "lr", "grad", "img_per_s", "skipped"]
+            write_rows(path, columns, rows)
 
     def restart(self):
         """Count time and steps from here."""
-        self.logged, self.ticked = self.state.step, time.perf_counter()
-        self.watched = self.ticked, time.process_time()
+        self.written = self.state.step
+        self.since = time.perf_counter()
+        self.cores.restart()
 
     def add(self, loss, norm):
-        """Take note of a step; its norm is not finite where it was skipped. Watch the machine."""
+        """Note a step. Its norm is not finite if it was skipped."""
+        if not self.state.parameters[0].is_cuda:
+            self.cores.look()
         if math.isfinite(norm):
             self.bad_in_a_row = 0
             self.good.append((loss, norm))
         else:
             self.bad_in_a_row += 1
             self.state.skipped += 1
-        now, threads = (time.perf_counter(), time.process_time()), torch.get_num_threads()
-        wall, used = (b - a for a, b in zip(self.watched, now))
-        if self.on_cpu and threads > 1 and wall > 2:       # threads spin while they wait for one another
-            self.watched = now
-            if used < 0.7 * threads * wall:
-                torch.set_num_threads(threads - 1)
-                print0(f"other programs left {used / wall:.1f} of {threads} cores: one thread less from now")
 
     def write(self, lr):
         """The mean of the steps since the last line, over all processes."""
         state, args, now = self.state, self.args, time.perf_counter()
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
-        loss, grad = all_reduce(means).tolist()            # of as many steps on each process
-        speed = (state.step - self.logged) * args.batch_size / (now - self.ticked)
+        loss, grad = all_reduce(means).tolist()            # of equally many steps on each process
+        speed = (state.step - self.written) * args.batch_size / (now - self.since)
         left = (now - self.began) / (state.step - self.first) * (args.steps - state.step)
         ks = {name: k.item() for name, k in state.kdiff.ks().items()}
-        print0(f"step {state.step:,}/{args.steps:,} | epoch {state.step / self.per_epoch:.1f} | "
-               f"loss {loss:.4f} | " + " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
-               + f" | lr {lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {timedelta(seconds=int(left))}"
-               + (f" | skipped {state.skipped}" if state.skipped else ""))
-        row = dict(step=state.step, epoch=state.step / self.per_epoch, loss=loss, lr=lr, grad=grad,
-                   img_per_s=speed, skipped=state.skipped, **ks)
+        row = dict(step=state.step, epoch=state.step / self.per_epoch, loss=loss, **ks, lr=lr, grad=grad,
+                   img_per_s=speed, skipped=state.skipped)
+        shown = " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
+        skipped = f" | skipped {state.skipped}" if state.skipped else ""
+        print0(f"step {state.step:,}/{args.steps:,} | epoch {row['epoch']:.1f} | loss {loss:.4f} | {shown} | lr "
+               f"{lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {timedelta(seconds=int(left))}{skipped}")
         if RANK == 0:
-            with checked(self.path, "written"), open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow({key: f"{row[key]:.10g}" for key in row})
-        self.good, self.logged, self.ticked = [], state.step, now
+            append_row(self.path, {name: f"{value:.10g}" for name, value in row.items()})
+        self.good = []
+        self.written = state.step
+        self.since = now
 
-def show(args, state, codec, data, config, last):
-    """Draw samples of the default average, curves of the log, k(t) or k's spectrum; returns their paths."""
-    written, kdiff, out = [], state.kdiff, args.out
-    if args.samples and codec.decodes:
-        rows = min(8, len(data.classes), args.samples)
-        columns = -(-args.samples // rows)
-        labels = [j // columns for j in range(rows * columns)]
-        with state.averaged(config["ema_default"]):
-            images = sample_all(kdiff, codec, shape_of(config), labels, 64, cfg=args.cfg,
-                                interval=args.interval, steps=args.sample_steps, dtype=args.dtype)
-        written.append(out / ("samples.png" if last else f"samples-{state.step:07}.png"))
-        write_atomically(written[-1], grid(images, data.classes[:rows], columns).save)
-    written.append(out / "curves.png")
-    draw_curves([(", ".join(names), "step", {name: read_log(out, name) for name in names})
-                 for names in (["loss"], [*kdiff.ks()])], written[-1])
-    if args.target in ("time", "edm"):
-        written.append(out / "k_of_t.png")
-        draw_k_of_t(kdiff, written[-1])
-    if args.target == "channel":
-        written.append(out / "k_of_channel.png")
-        x = codec.encode(some_items(data, 16384).to(kdiff.w.device)).cpu()
-        spectrum = {"channel": torch.arange(x.shape[1]), "variance": x.var((0, 2, 3)) / args.noise_scale ** 2,
-                    "k": torch.sigmoid(kdiff.w.detach()).cpu().flatten()}
-        if x[0].numel() <= 4096 and last:                  # an eigenvalue problem of that size: seconds
-            spectrum["k_of_innovation"] = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale)
-        draw_spectrum(spectrum, written[-1])
-    return written
+def draw(args, state, name):
+    """Draw samples of the default average, and curves of the log. Returns the paths, as a text."""
+    written = [args.out / name, args.out / "curves.png"]
+    if args.samples and state.codec.can_decode:
+        rows = min(8, len(state.classes), args.samples)
+        each = math.ceil(args.samples / rows)
+        average = default_average(state.averages, state.step)
+        kdiff = state.averages.get(average, state.kdiff).eval()
+        checkpoint = Checkpoint(kdiff, state.codec, state.config, state.classes, state.step, average)
+        images = checkpoint.sample(range(rows), each, steps=25, dtype=args.dtype)
+        state.kdiff.train()
+        save_picture(grid(images, state.classes[:rows]), written[0])
+    panels = [{name: read_log(args.out, name) for name in names} for names in (["loss"], state.kdiff.ks())]
+    draw_curves(panels, written[1])
+    return ", ".join(str(path) for path in written if path.exists())
 
 if __name__ == "__main__":
     run(main)
