@@ -12,7 +12,6 @@ import argparse
 import functools
 import gzip
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -46,23 +45,28 @@ except ImportError:                   # Windows
 # ---- Datasets ----------------------------------------------------------------------------------------------
 
 class Dataset(torch.utils.data.Dataset):
-    """n items with labels below len(classes). A dataset of yours sets n and classes and defines item(i, flip),
-    which always gives the same (tensor, label) for the same arguments. With flips, items may be mirrored.
+    """n items with labels below len(classes). A dataset of yours sets n and classes and defines item(i), which
+    always gives the same (tensor, label); flips says whether they may be mirrored.
     data[i] is item i. data[(epoch, i)] is mirrored or not, as (seed, epoch, i) decide."""
-    n = 0
-    classes = []
     flips = False
     seed = 0
+    mean = std = None                 # of latents, for each channel: (1, C, 1, 1)
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, key):
         if not isinstance(key, tuple):
-            return self.item(key, False)
+            return self.item(key)
         epoch, i = key
-        flip = self.flips and seed_of(self.seed, "flip", epoch, i) % 2 == 1
-        return self.item(i, flip)
+        if self.flips and seed_of(self.seed, "flip", epoch, i) % 2 == 1:
+            return self.mirrored(i)
+        return self.item(i)
+
+    def mirrored(self, i):
+        """The mirror image of item i, and its label."""
+        image, label = self.item(i)
+        return image.flip(-1), label
 
     def fingerprint(self):
         """A text that differs if the data differ: a hash of n, the classes and up to 100 items."""
@@ -109,7 +113,7 @@ class Shapes(Dataset):
         self.image_size = image_size
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
 
-    def item(self, i, flip=False):
+    def item(self, i):
         draw = self.drawn_once if self.image_size <= 64 else self.draw
         return draw(i), i % 8
 
@@ -137,7 +141,7 @@ class Fashion(Dataset):
     The 60,000 for training, 28 px, padded with black. They are read from `folder`; if None, from Debian's
     package dataset-fashion-mnist or from our cache, to which they are downloaded once.
     item: (uint8 (3, image_size, image_size), label)."""
-    classes = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
+    classes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
     url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
     places = ["/usr/share/datasets/fashion-mnist", "~/.cache/kdiff"]
     sha256 = {                        # of the unpacked content: packages are compressed again
@@ -153,7 +157,7 @@ class Fashion(Dataset):
         self.labels = labels[8:]
         self.n = len(self.labels)
 
-    def item(self, i, flip=False):
+    def item(self, i):
         return torch.from_numpy(self.pixels[i]).expand(3, -1, -1), int(self.labels[i])
 
     def read(self, name, folder):
@@ -223,13 +227,9 @@ def crop(image, size):
     top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-def to_tensor(image):
-    """A PIL RGB image as a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
 class ImageFolder(Dataset):
-    """The images below a folder, cropped to image_size. Each subfolder is a class. Images next to subfolders,
-    or in a flat folder, are a class named like the folder. UserError for an empty folder or class folder."""
+    """The images below a folder, cropped to image_size if it is not None. Each subfolder is a class. Images
+    next to subfolders, or in a flat folder, are a class named like the folder. UserError for an empty one."""
     flips = True
 
     def __init__(self, folder, image_size):
@@ -252,11 +252,12 @@ class ImageFolder(Dataset):
     def path(self, i):
         return os.path.join(self.folder, os.fsdecode(self.paths[i]))
 
-    def item(self, i, flip=False):
-        image = to_tensor(crop(read_image(self.path(i)), self.image_size))
-        if flip:
-            image = image.flip(-1)
-        return image, int(self.labels[i])
+    def item(self, i):
+        image = read_image(self.path(i))
+        if self.image_size:
+            image = crop(image, self.image_size)
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return image.contiguous(), int(self.labels[i])
 
     def fingerprint(self):
         return digest(self.paths.tobytes(), super().fingerprint())
@@ -312,25 +313,6 @@ def class_names(metadata, labels, path):
     require(0 <= low and high < len(names), f"{path}: labels {low} to {high}, but {len(names)} classes")
     return names
 
-class Packed(Dataset):
-    """Images and labels in a file made by `data.py pack`, memory-mapped. item: (uint8 (3, H, W), label)."""
-    flips = True
-
-    def __init__(self, path):
-        arrays, metadata = open_safetensors(path)
-        with reading(path, "a file of `python data.py pack`"):
-            self.images, self.labels = arrays["images"], arrays["labels"]
-            self.n, _, self.image_size, _ = self.images.shape
-            if len(self.labels) != self.n:
-                raise ValueError(f"{len(self.labels)} labels of {self.n} images")
-        self.classes = class_names(metadata, self.labels, path)
-
-    def item(self, i, flip=False):
-        image = self.images[i]
-        if flip:
-            image = image[..., ::-1]
-        return torch.from_numpy(image.copy()), int(self.labels[i])
-
 def read_tensors(path, mmap=False):
     """The dict in a torch or .safetensors file. Nothing in it is executed. FileError if it is damaged or
     contains more than tensors, containers and argparse.Namespace, which JiT's published files contain.
@@ -351,40 +333,47 @@ def open_vavae(path):
     with reading(path, "a VA-VAE f16d32"):
         return VAVAE(weights)
 
-LATENTS = ("latents", "latents_flip", "labels")           # in each shard
-
-class Latents(Dataset):
-    """Latents made by `data.py encode`, or LightningDiT's published shards. mean and std are (1, C, 1, 1).
-    item: (float32 (C, h, w), not normalised, label). flip picks the latent of the mirrored image."""
+class Stored(Dataset):
+    """Packed images, or latents of `data.py encode` or LightningDiT: the .safetensors files at a path, memory-
+    mapped. Each contains labels, and images (N, 3, H, W) or latents and latents_flip (N, C, h, w). Next to
+    latents is latents_stats.pt with mean and std, for each channel.
+    item: (uint8 image or float32 latent, not normalised, label). mirrored: the latent of the mirrored image."""
     flips = True
 
-    def __init__(self, folder):
-        statistics = read_tensors(Path(folder, "latents_stats.pt"))    # written last: the folder is complete
-        self.shards = []
-        for path in sorted(Path(folder).glob("*.safetensors")):
-            arrays, metadata = open_safetensors(path)
-            self.shards.append(arrays)
-            with reading(path, "latents, latents_flip and labels that fit together and the other shards"):
-                latents, mirrored, labels = (arrays[name] for name in LATENTS)
-                C, _, _ = self.shape = self.shards[0]["latents"].shape[1:]
-                if not latents.shape == mirrored.shape == (len(labels), *self.shape):
-                    raise ValueError(f"{latents.shape}, {mirrored.shape}, {labels.shape}")
-        labels = np.concatenate([arrays["labels"] for arrays in self.shards])
-        self.starts = np.cumsum([0] + [len(arrays["labels"]) for arrays in self.shards])
+    def __init__(self, path):
+        paths = sorted(Path(path).glob("*.safetensors")) or [path]
+        self.files = []
+        for file in paths:
+            arrays, metadata = open_safetensors(file)
+            self.files.append(arrays)
+            self.kind = "images" if "images" in self.files[0] else "latents"
+            with reading(file, "a file of `python data.py`, or a shard that fits the others"):
+                shape = arrays["labels"].shape + self.files[0][self.kind].shape[1:]
+                for name in {"images": ["images"], "latents": ["latents", "latents_flip"]}[self.kind]:
+                    if len(shape) != 4 or arrays[name].shape != shape:
+                        raise ValueError(f"{name} {arrays[name].shape}, labels {arrays['labels'].shape}")
+        self.shape = shape[1:]
+        labels = np.concatenate([arrays["labels"] for arrays in self.files])
+        self.starts = np.cumsum([0] + [len(arrays["labels"]) for arrays in self.files])
         self.n = len(labels)
-        self.classes = class_names(metadata, labels, folder)
-        with reading(folder, f"whole: its {C} channels need a mean and a std each"):
-            self.mean = statistics["mean"].float().view(1, C, 1, 1)
-            self.std = statistics["std"].float().view(1, C, 1, 1)
-        require((self.std > 0).all() and (self.mean + self.std).isfinite().all(),
-                f"{folder}: its mean and std must be finite, and std above 0")
+        self.classes = class_names(metadata, labels, path)
+        if self.kind == "latents":
+            file = Path(path, "latents_stats.pt")                      # written last: the folder is complete
+            statistics = read_tensors(file)
+            with reading(file, f"a mean and a std for each of {shape[1]} channels"):
+                self.mean, self.std = (statistics[key].float().view(1, shape[1], 1, 1) for key in ("mean", "std"))
+            require((self.std > 0).all() and (self.mean + self.std).isfinite().all(),
+                    f"{file}: mean and std must be finite, and std above 0")
 
-    def item(self, i, flip=False):
+    def item(self, i, name=None):
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
-        shard = self.shards[number]
+        arrays = self.files[number]
         i = i - self.starts[number]
-        latent = shard["latents_flip" if flip else "latents"][i]
-        return torch.from_numpy(latent.astype(np.float32)), int(shard["labels"][i])
+        tensor = torch.from_numpy(np.array(arrays[name or self.kind][i]))
+        return tensor if self.kind == "images" else tensor.float(), int(arrays["labels"][i])
+
+    def mirrored(self, i):
+        return super().mirrored(i) if self.kind == "images" else self.item(i, "latents_flip")
 
 # What --data may name beside paths. A row of yours is called with --image_size and --data_dir.
 DATASETS = {
@@ -397,12 +386,12 @@ def open_dataset(source, image_size, folder=None):
     if source in DATASETS:
         return DATASETS[source](image_size, folder)
     path = Path(source)
-    if path.is_dir():
-        shards = any(path.glob("*.safetensors"))
-        return Latents(path) if shards else ImageFolder(path, image_size)
     require(path.exists(), f"{path}: no such file or folder")
-    data = Packed(path)
-    require(data.image_size == image_size, f"{path} was packed for --image_size {data.image_size}")
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return ImageFolder(path, image_size)
+    data = Stored(path)
+    require(data.kind == "latents" or data.shape[1] == image_size,
+            f"{path} was packed for --image_size {data.shape[1]}")
     return data
 
 def batch_indices(n, batch_size, seed, start, stop, rank=0, world=1):
@@ -445,12 +434,10 @@ class PatchPCA(nn.Module):
 
     @classmethod
     def fit(cls, images, factor, channels):
-        """Fit to images (N, 3, H, W) in [-1, 1]. UserError for more channels than a patch has values."""
-        values = 3 * factor ** 2
-        require(0 < channels <= values, f"{channels} channels: a patch of {factor} px has {values} values")
+        """Fit to images (N, 3, H, W) in [-1, 1]. channels: how many components, the strongest first."""
         patches = F.pixel_unshuffle(images, factor).transpose(0, 1).flatten(1).double()     # (3 p p, patches)
         mean = patches.mean(1)
-        basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)     # the strongest first
+        basis = torch.linalg.eigh(torch.cov(patches)).eigenvectors.flip(1)
         return cls(mean.float(), basis[:, :channels].float().contiguous())
 
     def encode(self, images):
@@ -520,14 +507,14 @@ def encode(source, tokenizer, image_size, out, batch_size=32):
     data = open_dataset(source, image_size)
     out, factor = Path(out), tokenizer.factor
     require(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
-    require(not isinstance(data, Latents), f"{source}: these are latents already")
+    require(data.mean is None, f"{source}: these are latents already")
     require(not any(out.glob("*.safetensors")), f"--out {out} contains latents: name another folder")
     barrier()                                                      # all have looked before the first writes
     device = next(tokenizer.parameters()).device
     shape = (tokenizer.channels, image_size // factor, image_size // factor)
     sums = torch.zeros(2, shape[0], dtype=torch.float64)           # of the values and of their squares
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
-    shard, number = {name: [] for name in LATENTS}, 0
+    shard, number = {"latents": [], "latents_flip": [], "labels": []}, 0
     for indices in in_batches(mine, batch_size):
         images, labels = read_items(data, indices)
         shard["labels"].append(labels)
@@ -545,7 +532,7 @@ def encode(source, tokenizer, image_size, out, batch_size=32):
                     data.classes, latents=dtype, latents_flip=dtype, labels=("I64", labels.shape)))
                 for array in (latents, mirrored, labels):
                     file.write(array.numpy().tobytes())
-            shard, number = {name: [] for name in LATENTS}, number + 1
+            shard, number = {name: [] for name in shard}, number + 1
     mean, square = all_reduce(sums) / (2 * len(data) * math.prod(shape[1:]))
     std = (square - mean ** 2).clamp(min=0).sqrt()
     if RANK == 0:
@@ -736,7 +723,7 @@ def new_parser(doc, flags):
         parser.add_argument(*names.split(","), help=text.replace("%", "%%"), **how)
     return parser
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in "SIGTERM SIGINT SIGHUP".split() if hasattr(signal, name)]
 
 def on_signals(handler):
     """What the signals that ask this process to end do from now on. nohup's choice to ignore SIGHUP stays."""
@@ -816,8 +803,8 @@ def writing(path):
     """Around the writing of a file: no room, or no permission, is a FileError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:                  # torch.save raises the latter on a full disk
-        raise FileError(f"{path} could not be written; what it was before is intact: {in_short(error)}") from error
+    except OSError as error:
+        raise FileError(f"{path} could not be written, what it was before is intact: {in_short(error)}") from error
 
 def hold(file, path):
     """Lock an open file or folder until it is closed. UserError if another process holds it."""
@@ -864,13 +851,6 @@ def new_file(path):
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-
-def array_header(dtype, shape):
-    """The bytes before the rows of a .npy array."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.getvalue()
 
 def download(url, path, remedy, **how):
     """Fetch url to path, whole or not at all. FileError if it cannot be fetched."""

@@ -15,7 +15,7 @@ import math
 import re
 import zipfile
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (RANK, Dataset, FileError, Packed, UserError, all_reduce, download, first_decides, list_images,
-                  my_batches, new_file, new_parser, open_dataset,
-                  print0, read_image, read_items, read_tensors, reading, require, run, setup, to_tensor)
+from data import (RANK, Dataset, ImageFolder, Memmap, Stored, UserError, all_reduce, download, first_decides,
+                  my_batches, new_file, new_parser, open_dataset, print0, read_items, read_tensors, reading,
+                  require, run, setup)
 from sample import SAMPLER, append_row, draw_curves, open_sampler, read_rows
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -181,69 +181,44 @@ def sha256(path):
 
 # ---- What is measured --------------------------------------------------------------------------------------
 
-class Images(NamedTuple):
-    """n images to measure, and what is known about them."""
-    path: str
-    n: int
-    read: Callable                    # a range of indices below n -> uint8 (N, 3, H, W)
-    settings: dict = None             # of the sampler that made them
+class NpzImages(Dataset):
+    """The images in arr_0 of an .npz, uint8 (N, H, W, 3), memory-mapped unless they are compressed."""
 
-    def batches(self, batch_size):
-        """This process's share, as moments() takes it."""
-        for indices in my_batches(self.n, batch_size):
-            inside = range(min(indices.start, self.n - 1), min(indices.stop, self.n))
-            yield self.read(inside), indices
+    def __init__(self, path):
+        with reading(path, "an .npz of images"), zipfile.ZipFile(path) as archive:
+            member = archive.getinfo("arr_0.npy")
+            with open(path, "rb") as file:
+                file.seek(member.header_offset + 26)              # the lengths of two fields before the content
+                file.seek(int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little"), 1)
+                if member.compress_type == zipfile.ZIP_STORED:
+                    np.lib.format.read_magic(file)
+                    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+                    self.images = Memmap(path, dtype, "r", file.tell(), shape, "F" if by_columns else "C")
+                else:
+                    self.images = np.load(path, allow_pickle=False)["arr_0"]
+            self.n = len(self.images)
+            if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+                raise ValueError(f"arr_0 is {self.images.dtype} {self.images.shape}")
+            self.settings = None
+            if "settings.npy" in archive.namelist():
+                self.settings = json.loads(str(np.load(path, allow_pickle=False)["settings"]))
 
-class RawImages(Dataset):
-    """The image files of a folder, not cropped. FileError if one is of another size than the first."""
+    def item(self, i):
+        return torch.from_numpy(np.array(self.images[i])).permute(2, 0, 1), 0
 
-    def __init__(self, folder):
-        self.files = list_images(folder)
-        self.n = len(self.files)
-        self.size = read_image(self.files[0]).size
-
-    def item(self, i, flip=False):
-        image = read_image(self.files[i])
-        if image.size != self.size:
-            raise FileError(f"{self.files[i]} is of {image.size} pixels, {self.files[0]} of {self.size}; "
-                            "`python fid.py --make_ref FOLDER --image_size N` crops them to one size")
-        return to_tensor(image), 0
-
-def images_of(data, path):
-    """The items of a dataset as Images. UserError if they are no images."""
-    kind = data[0][0].dtype
-    require(kind == torch.uint8, f"{path}: its items are {kind}, not uint8 images")
-    return Images(path, len(data), lambda indices: read_items(data, indices)[0])
-
-def open_images(path):
-    """The Images in a folder (not cropped), a packed file or an .npz. UserError for all else."""
+def open_samples(path):
+    """The Dataset of images in a folder (not cropped), a packed file or an .npz. UserError for all else."""
     if Path(path).is_dir():
-        return images_of(RawImages(path), path)
-    return open_npz(path) if path.endswith(".npz") else images_of(Packed(path), path)
+        return ImageFolder(path, None)
+    return NpzImages(path) if path.endswith(".npz") else Stored(path)
 
-def open_npz(path):
-    """The images in arr_0 of an .npz, read as they are needed."""
-    with reading(path, "an .npz of images"):
-        archive = zipfile.ZipFile(path)
-        file = archive.open("arr_0.npy")
-        np.lib.format.read_magic(file)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        start, size = file.tell(), archive.getinfo("arr_0.npy").file_size
-        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] != 3:
-            raise ValueError(f"{dtype} {shape} instead of uint8 (N, H, W, 3) in C order")
-        if start + math.prod(shape) != size:
-            raise ValueError(f"{size:,} bytes for {shape}")
-        settings = None
-        if "settings.npy" in archive.namelist():
-            settings = json.loads(str(np.load(path, allow_pickle=False)["settings"]))
-    pixels = math.prod(shape[1:])
-
-    def read(indices):
-        with reading(path, "an .npz of images"):
-            file.seek(start + indices.start * pixels)             # unpacks what is between
-            batch = bytearray(file.read(len(indices) * pixels))
-        return torch.frombuffer(batch, dtype=torch.uint8).view(-1, *shape[1:]).permute(0, 3, 1, 2)
-    return Images(path, shape[0], read, settings)
+def batches_of(data, batch_size, path):
+    """This process's share of a dataset's images, as moments() takes it. UserError for other items."""
+    for indices in my_batches(len(data), batch_size):
+        with reading(path, "images of one size", "; `fid.py --make_ref` crops the images of a folder"):
+            images, _ = read_items(data, [min(i, len(data) - 1) for i in indices])
+        require(images.dtype == torch.uint8, f"{path}: its items are {images.dtype}, not uint8 images")
+        yield images, indices
 
 class Reference(NamedTuple):
     """The statistics of an .npz. Published files contain mu and sigma alone."""
@@ -321,7 +296,7 @@ def evaluate(batches, n, extractor, reference, device, settings=None):
 
 # ---- Commands ----------------------------------------------------------------------------------------------
 
-FOUND = ["fid", "pixel_distance", "is_mean", "is_std"]            # columns of fid.csv behind the settings
+FOUND = "fid pixel_distance is_mean is_std".split()               # columns of fid.csv behind the settings
 
 def measure(path, args, extractor, reference, device):
     """Add the distance of a checkpoint's samples to fid.csv next to it, and draw fid.png. A measurement is
@@ -356,13 +331,14 @@ def measure(path, args, extractor, reference, device):
 
 def make_reference(args, extractor, device):
     """Write the statistics of training images."""
-    images = images_of(open_dataset(args.make_ref, args.image_size), args.make_ref)
-    mu, sigma, _ = moments(images.batches(args.batch_size or 64), images.n, extractor, device)
+    data = open_dataset(args.make_ref, args.image_size)
+    batches = batches_of(data, args.batch_size or 64, args.make_ref)
+    mu, sigma, _ = moments(batches, len(data), extractor, device)
     if RANK == 0:
         with new_file(args.out) as file:
-            np.savez(file, mu=mu, sigma=sigma, n=images.n, image_size=args.image_size, features=args.features,
+            np.savez(file, mu=mu, sigma=sigma, n=len(data), image_size=args.image_size, features=args.features,
                      weights=extractor.sha256 or "")
-    print0(f"wrote {args.out}: {args.features} features of {images.n:,} images of {args.image_size} px")
+    print0(f"wrote {args.out}: {args.features} features of {len(data):,} images of {args.image_size} px")
 
 def is_checkpoint(path):
     return Path(path).suffix in (".pt", ".pth", ".safetensors")
@@ -407,9 +383,9 @@ def main():
         if is_checkpoint(path):
             measure(path, args, extractor, reference, device)
         else:
-            images = open_images(path)
-            batches = images.batches(args.batch_size or 64)
-            evaluate(batches, images.n, extractor, reference, device, images.settings)
+            data = open_samples(path)
+            batches = batches_of(data, args.batch_size or 64, path)
+            evaluate(batches, len(data), extractor, reference, device, getattr(data, "settings", None))
 
 if __name__ == "__main__":
     run(main)

@@ -422,31 +422,30 @@ PUBLISHED = {
 }
 AVERAGES = {"model_ema1": "0.9999", "model_ema2": "0.9996", "model": "none"}     # the names in JiT's files
 # Tables that follow from the sizes of a network. A file need not contain them.
-TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+TABLES = "pos_embed feat_rope.freqs_cos feat_rope.freqs_sin".split()
 
-def find_weights(file, ema=None):
-    """(weights, name of the average) from the dict in a file: the weights, or a dict of dicts of weights, such
-    as "model" and "ema". Prefixes such as "module." are removed. ema: which of them; None: the first average.
-    ValueError if it is not there, or if the weights are neither JiT nor LightningDiT."""
-    parts = {AVERAGES.get(name, name): part for name, part in file.items()
+def from_published(file, name=None):
+    """The dict in a published file, in the form of our checkpoints. It is the weights, or a dict of dicts of
+    weights such as "model" and "ema". Prefixes such as "module." are removed.
+    name: of the size, if the shapes leave it open. ValueError if it is neither JiT nor LightningDiT."""
+    parts = {AVERAGES.get(key, key): part for key, part in file.items()
              if isinstance(part, dict) and any(map(torch.is_tensor, part.values()))}
-    parts = parts or {"none": file}
-    averages = [name for name in parts if name.startswith("0.") or "ema" in name]
-    ema = ema or (averages or list(parts))[0]
-    if ema not in parts:
-        raise ValueError(f"it has --ema {', '.join(parts)}, but not {ema}")
-    weights = parts[ema]
-    last = "t_embedder.mlp.0.weight"
-    prefixes = [key.removesuffix(last) for key in weights if key.endswith(last)]
-    if not prefixes or any("mlp.fc1" in key for key in weights):
-        kind = "a DiT or SiT" if prefixes else f"a file with {', '.join(list(weights)[:3])}, ..."
-        raise ValueError(f"it is {kind}, neither JiT nor LightningDiT")
-    prefix = prefixes[0]
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}, ema
+    averages = {}
+    for key, weights in (parts or {"none": file}).items():
+        last = "t_embedder.mlp.0.weight"
+        prefixes = [key.removesuffix(last) for key in weights if key.endswith(last)]
+        if not prefixes or any("mlp.fc1" in key for key in weights):
+            kind = "a DiT or SiT" if prefixes else f"a file with {', '.join(list(weights)[:3])}, ..."
+            raise ValueError(f"it is {kind}, neither JiT nor LightningDiT")
+        start = prefixes[0]
+        averages[key] = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+    config = published_config(next(iter(averages.values())), name)
+    averages = {key: {f"net.{k}": v for k, v in weights.items()} for key, weights in averages.items()}
+    return {"config": config, "ema": averages, "step": file.get("epoch", 0),
+            "data": {"classes": [str(i) for i in range(config["num_classes"])]}}
 
 def published_config(weights, name=None):
-    """The config, as in our checkpoints, of a published network, from the shapes of its weights (a dict).
-    name: of its size, if the shapes leave it open. ValueError if no size fits."""
+    """The config of a network, from the shapes of its weights (a dict). ValueError if no size fits."""
     family, first = ("JiT", "proj1") if "x_embedder.proj1.weight" in weights else ("LightningDiT", "proj")
     _, channels, _, patch = weights[f"x_embedder.{first}.weight"].shape
     dim = len(weights["blocks.0.attn.proj.bias"])

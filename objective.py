@@ -43,7 +43,7 @@ TARGETS = {
     "time":    ((BINS + 1,), lambda w, t: blend(k_of_t(w, t))),        # App. E
     "channel": ("C",         lambda w, t: blend(torch.sigmoid(w))),    # one k for each channel
 }
-LOSSES = ("v", "u", "x", "eps")
+LOSSES = "v u x eps".split()
 
 def target_row(target):
     """(shape of w, rule) of a row of TARGETS, or of a number in [0, 1], a fixed k. ValueError for others."""

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (RANK, WORLD, Codec, FileError, PatchPCA, UserError, array_header, gather,
+from data import (RANK, WORLD, Codec, FileError, PatchPCA, UserError, gather,
                   in_short, my_batches, new_file, new_parser, open_vavae, print0, read_tensors, reading,
                   require, run, seed_of, setup, writing)
-from model import TABLES, build, find_weights, published_config
+from model import TABLES, build, from_published
 from objective import KDiff, seeded_normal
 
 # ---- Guidance and solvers (Alg. 2) -------------------------------------------------------------------------
@@ -182,25 +182,26 @@ def open_codec(state, file=None):
     return Codec(tokenizer, state.get("mean"), state.get("std"))
 
 def read_checkpoint(path, ema=None, model=None):
-    """(config, weights of KDiff, codec state with "classes", step, average) of a checkpoint of ours or a
-    published one. FileError for other files; UserError for an average that it does not contain."""
+    """(the dict in a checkpoint of ours, or a published one in our form; which average; the weights of KDiff).
+    FileError for other files; UserError for an average that it does not contain."""
     file = read_tensors(path)
-    if not {"config", "data", "ema"} <= set(file):
+    published = not {"config", "data", "ema"} <= set(file)
+    if published:
         try:
-            weights, ema = find_weights(file, ema)
-            config = published_config(weights, model)
+            file = from_published(file, model)
         except (ValueError, KeyError) as error:       # a KeyError names the weight that is missing
             raise FileError(f"{path}: {error}") from error
-        state = {"classes": [str(i) for i in range(config["num_classes"])]}
-        weights = {f"net.{key}": value for key, value in weights.items()}
-        return config, weights, state, file.get("epoch", 0), ema
-    config, averages, step = file["config"], file["ema"], file["step"]
+    config, averages = file["config"], file["ema"]
     wrong = [key for key, kind in SETTINGS.items() if not isinstance(config.get(key), kind)]
     require(not wrong, f"{path}: of another version: its {', '.join(wrong)} cannot be used")
     require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
-    ema = ema or default_average(averages, step)
-    require(ema in averages or ema == "none", f"--ema {ema}: {path} has {', '.join(averages)} or none")
-    return config, averages.get(ema, file.get("model")), file["data"], step, ema
+    if published:
+        longest = [key for key in averages if key.startswith("0.") or "ema" in key]
+        ema = ema or (longest or list(averages))[0]
+    ema = ema or default_average(averages, file["step"])
+    weights = averages.get(ema, file.get("model") if ema == "none" else None)
+    require(weights, f"--ema {ema}: {path} has {', '.join(averages)}")
+    return file, ema, weights
 
 def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     """A Checkpoint from a file of ours or a published one (.pt, .pth or .safetensors).
@@ -208,7 +209,8 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     model        the size of a published network, if the shapes leave it open
     tokenizer    the VA-VAE weights file; stats: latents_stats.pt. Both are for latent networks.
     UserError for files that do not fit, or that need a tokenizer or statistics."""
-    config, weights, state, step, ema = read_checkpoint(path, ema, model)
+    file, ema, weights = read_checkpoint(path, ema, model)
+    config, state = file["config"], file["data"]
     latent = config["space"] == "latent"
     require(not tokenizer or (latent and not state.get("pca")),
             f"--tokenizer {tokenizer} has no effect: {path} needs no VA-VAE")
@@ -226,12 +228,12 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
         kdiff.load_state_dict(tables | weights)
     codec = open_codec(state, tokenizer).to(device)
     kdiff = kdiff.to(device).eval().requires_grad_(False)
-    return Checkpoint(kdiff, codec, config, state["classes"], step, ema)
+    return Checkpoint(kdiff, codec, config, state["classes"], file["step"], ema)
 
 # ---- Drawing, with Pillow alone ----------------------------------------------------------------------------
 
-INK, GREY, PAPER = "#1e1e1e", "#c8c8c8", "#ffffff"
-COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#787878"]
+INK, GREY, PAPER = "#1e1e1e #c8c8c8 #ffffff".split()
+COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #787878".split()
 
 def grid(images, names, columns=8):
     """A picture of uint8 images (N,3,H,W), equally many for each name. Each name begins a row, of up to
@@ -396,7 +398,8 @@ def write_samples(checkpoint, labels, out, batch_size, how, settings):
     with new_file(out) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             left = len(labels)
-            member.write(array_header(np.uint8, (left, *rows.shape[1:])))
+            header = {"descr": "|u1", "fortran_order": False, "shape": (left, *rows.shape[1:])}
+            np.lib.format.write_array_header_1_0(member, header)
             while left > 0:
                 member.write(rows[:left].numpy().tobytes())
                 left -= len(rows)

@@ -745,7 +745,7 @@ def test_packed_file_gives_the_folders_images(photos, tmp_path, call, capsys):
     assert packed.classes == folder.classes and len(packed) == 8 and len(sent) < 8 * 24 * 24
     for i in range(8):
         for flip in (False, True):
-            a, b = packed.item(i, flip), folder.item(i, flip)
+            a, b = (dataset.mirrored(i) if flip else dataset[i] for dataset in (packed, folder))
             assert torch.equal(a[0], b[0]) and a[1] == b[1]
     with pytest.raises(UserError, match="24"):
         open_dataset(path, 32)
@@ -754,8 +754,8 @@ def test_packed_file_gives_the_folders_images(photos, tmp_path, call, capsys):
     assert "images 5/5 | " in capsys.readouterr().err
     for names, known in ((["a", "b"], "labels 0 to 2, but 2"), ("abc", "class names"), ([1, 2, 3], "class names")):
         with pytest.raises(UserError, match=known):
-            data.class_names({"classes": json.dumps(names)}, packed.labels, path)
-    assert data.class_names({}, packed.labels, path) == ["0", "1", "2"]
+            data.class_names({"classes": json.dumps(names)}, np.array([0, 2]), path)
+    assert data.class_names({}, np.array([0, 2]), path) == ["0", "1", "2"]
 
 def save_safetensors(folder, parts, name="latents_rank00_shard000.safetensors"):
     """One shard, byte by byte as the format's specification says, and statistics. Returns the bytes."""
@@ -780,10 +780,10 @@ def test_published_latents_are_read_and_what_does_not_fit_is_named(tmp_path):
     read = pickle.loads(sent)
     assert len(read) == 10 and read.shape == (4, 32, 32) and len(sent) < 10_000 < latents.nbytes
     assert [read[i][1] for i in (5, 7)] == [0, 2] and read.classes == ["0", "1", "2", "3", "4"]
-    assert np.array_equal(read[7][0], latents[2]) and np.array_equal(read.item(8, True)[0], -latents[3])
+    assert np.array_equal(read[7][0], latents[2]) and np.array_equal(read.mirrored(8)[0], -latents[3])
     def saved(**change):
         return save_safetensors(tmp_path, parts | change, second)
-    less, loose = latents[:, :3], "labels that fit together and the other shards"
+    less, loose = latents[:, :3], "a shard that fits the others"
     for bad, named in ((content[:-3], "not a readable safetensors file"),
                        (content.replace(b"32, 32]", b"32, 31]", 1), "bytes of latents do not fit"),
                        (saved(latents_flip=less), loose), (saved(labels=np.arange(4)), loose),
@@ -801,7 +801,7 @@ def test_published_latents_are_read_and_what_does_not_fit_is_named(tmp_path):
         open_dataset(tmp_path, None)
 
 def test_patch_pca_round_trip_is_the_orthogonal_projection():
-    """The projection of an SVD; more channels than a patch has values are refused."""
+    """The projection of an SVD."""
     images = torch.randn(200, 3, 8, 8) @ torch.randn(8, 8)
     pca = PatchPCA.fit(images, 4, 10)
     def flat(x):
@@ -810,8 +810,6 @@ def test_patch_pca_round_trip_is_the_orthogonal_projection():
     U = torch.linalg.svd(flat(images) - mean, full_matrices=False).U[:, :10]
     projected = U @ U.T @ (flat(images) - mean) + mean
     torch.testing.assert_close(flat(pca.decode(pca.encode(images))), projected, atol=2e-3, rtol=0)
-    with pytest.raises(UserError, match="48 values"):
-        PatchPCA.fit(images, 4, 49)
 
 def test_codec_scales_once_and_back():
     """Pixels: [-1, 1] and rounding; latents: (z - mean) / std and its inverse; grey becomes RGB; no NaN."""
@@ -1110,11 +1108,11 @@ def test_latents_of_two_processes_are_posterior_samples_to_train_on(two, small_v
     batch = stack(images, 9).float() / 127.5 - 1
     for flip in (False, True):
         mean, logvar = VAVAE(two[0] / "vavae.pt").moments(batch.flip(-1) if flip else batch)
-        drawn = torch.stack([dataset.item(i, flip)[0] for i in range(9)])
+        drawn = torch.stack([(dataset.mirrored(i) if flip else dataset[i])[0] for i in range(9)])
         draws.append((drawn - mean) / torch.exp(logvar / 2))
         assert abs(draws[-1].mean()) < 0.1 and abs(draws[-1].std() - 1) < 0.1
     assert torch.corrcoef(torch.cat([d.flatten(1) for d in draws])).fill_diagonal_(0).abs().max() < 0.45
-    both = torch.stack([dataset.item(i, flip)[0] for i in range(9) for flip in (False, True)]).double()
+    both = torch.stack([item[0] for i in range(9) for item in (dataset[i], dataset.mirrored(i))]).double()
     std, mean = torch.std_mean(both, (0, 2, 3), correction=0)
     assert dataset.mean.flatten().tolist() == pytest.approx(mean.tolist(), abs=1e-3)
     assert dataset.std.flatten().tolist() == pytest.approx(std.tolist(), abs=1e-3)
@@ -1360,8 +1358,7 @@ class Stub(fid.Pixels):
 
 def evaluate_shapes():
     """Print the evaluation of 53 shapes in batches of 10, the last first, by all processes."""
-    images = fid.images_of(Shapes(53, 32), "shapes")
-    batches = list(images.batches(10))[::-1]
+    batches = list(fid.batches_of(Shapes(53, 32), 10, "shapes"))[::-1]
     reference = fid.Reference(__file__, np.zeros(12), np.eye(12))
     result = fid.evaluate(batches, 53, Stub(__file__), reference, torch.device("cpu"))
     data.print0("result", json.dumps(result))
@@ -1388,18 +1385,19 @@ def samples(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{i:03}.png")
     np.savez(tmp_path / "stored.npz", arr_0=arr_0, arr_1=np.zeros(12), settings=np.array('{"cfg": 2.5}'))
-    np.savez_compressed(tmp_path / "deflated.npz", arr_0=arr_0)
+    np.savez_compressed(tmp_path / "deflated.npz", arr_0=np.asfortranarray(arr_0))
+    np.savez(tmp_path / "columns.npz", arr_0=np.asfortranarray(arr_0))
     data.pack(tmp_path / "png", 32, tmp_path / "packed")
     return tmp_path, images
 
 def test_samples_of_any_kind_of_file_are_measured(samples, call):
     """All kinds contain the same images, 0 from their own reference; hash and settings are printed."""
     (folder, images), how = samples, ("--features", "pixels", "--batch_size", 5)
-    for name in ("png", "stored.npz", "deflated.npz", "packed"):
-        source = fid.open_images(str(folder / name))
-        assert source.n == 12 and (source.settings == {"cfg": 2.5}) == (name == "stored.npz")
-        assert torch.equal(source.read(range(2, 9)), images[2:9])
-        assert torch.equal(torch.cat([batch for batch, _ in source.batches(5)]), images)
+    for name in ("png", "stored.npz", "deflated.npz", "columns.npz", "packed"):
+        source = fid.open_samples(str(folder / name))
+        assert getattr(source, "settings", None) == ({"cfg": 2.5} if name == "stored.npz" else None)
+        batches = [batch for batch, _ in fid.batches_of(source, 5, name)]
+        assert torch.equal(torch.cat(batches)[:12], images) and len(source) == 12
     make = ("fid.py", "--out", folder / "ref.npz", *how, "--make_ref")
     call(*make, folder / "png", "--image_size", 32)
     ref = fid.load_reference(str(folder / "ref.npz"), "pixels")
@@ -1420,17 +1418,15 @@ def test_samples_of_any_kind_of_file_are_measured(samples, call):
     assert "6,400 images" in call(*make, "shapes", "--image_size", 4)
     Image.new("RGB", (32, 33)).save(folder / "png" / "11.png")
     mixed = call("fid.py", folder / "png", folder / "published.npz", *how, status=2)
-    assert re.search("error: .*11.png is of .32, 33. pixels.*--make_ref", mixed) and mixed.count("error: ") == 1
+    assert re.search("error: .*not images of one size.*3, 33, 32.*--make_ref", mixed) and mixed.count("error: ") == 1
 
 MU, SIGMA, IMAGES = np.zeros(768), np.eye(768), np.zeros((4, 32, 32, 3), np.uint8)
 UNFIT = {                  # what an .npz contains, or what becomes of a whole one; what the error says
     "cut": (lambda whole: whole[:-2000], "zip"),
-    "flipped": (lambda whole: whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:], "CRC"),
-    "huge": (lambda whole: whole.replace(b"(12, 32", b"(99, 32"), r"\(99, 32|mu"),
+    "huge": (lambda whole: whole.replace(b"(12, 32", b"(99, 32"), "greater than file size|mu"),
     "empty": (dict(other=SIGMA), "arr_0|mu"), "float": (dict(arr_0=IMAGES / 2), "float64|mu"),
     "grey": (dict(arr_0=IMAGES[..., 0]), r"\(4, 32, 32\)|mu"),
-    "one": (dict(arr_0=IMAGES[:1]), "1 images have no covariance|mu"),
-    "fortran": (dict(arr_0=np.asfortranarray(IMAGES)), r"uint8 \(4, 32, 32, 3\)|mu")}
+    "one": (dict(arr_0=IMAGES[:1]), "1 images have no covariance|mu")}
 ODD = {
     "half": (dict(mu=MU), "sigma"), "wide": (dict(mu=MU, sigma=SIGMA[:64]), "64, 768"),
     "small": (dict(mu=MU[:64], sigma=SIGMA[:64, :64]), "64,"), "nan": (dict(mu=MU, sigma=SIGMA * np.nan), "finite"),
@@ -1448,7 +1444,7 @@ def test_unfit_samples_and_references_get_one_line(samples, call, name):
         bad.write_bytes(content((folder / "stored.npz").read_bytes()))
     else:
         np.savez(bad, **content)
-    for pair in [(whole, bad), (bad, ref)][name == "flipped":1 + (name in UNFIT)]:
+    for pair in [(whole, bad), (bad, ref)][:1 + (name in UNFIT)]:
         printed = call("fid.py", *pair, "--features", "pixels", "--batch_size", 5, status=2)
         assert re.fullmatch(rf"(images .*\n)*error: .*\n", printed) and re.search(said, printed)
 
@@ -1631,7 +1627,7 @@ def test_corruption_of_any_file_is_an_error_line_or_harmless(samples):
     """Images, checkpoints, packed files, latents: UserError, or read as what they still are; ENDURANCE=1: 220."""
     folder, _ = samples
     def read_samples(path):
-        return list(fid.open_images(str(path)).batches(5))
+        return list(fid.batches_of(fid.open_samples(str(path)), 5, path))
     def read_latents(path):
         return list(torch.utils.data.DataLoader(open_dataset(path.parent, 8)))
     openers = dict.fromkeys(("a.png", "a.jpg", "a.webp", "a.bmp", "a.gif", "a.tiff"), read_image)
@@ -1700,7 +1696,7 @@ def test_busy_cores_or_no_compiler_cost_a_line(monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     clocks = dict(perf_counter=lambda: clock[0], process_time=lambda: clock[1])
     monkeypatch.setattr(train, "time", SimpleNamespace(**clocks))
-    cores = train.Cores()
+    cores = train.Cores(torch.device("cpu"))
     for wall, used, expected in ((1.9, 0.1, []), (0.2, 4.0, []), (2.1, 1.3, [1]), (2.1, 4.0, [1])):
         clock += wall, used
         cores.look()

@@ -15,7 +15,6 @@ import time
 import warnings
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,10 +22,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, Latents, PatchPCA, UserError,
+from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, UserError,
                   all_reduce, barrier, batch_indices, exit_now, first_decides, new_file, new_parser, on_signals, open_dataset, open_vavae, own_folder, print0,
                   read_tensors, reading, require, run, seed_of, setup, some_items)
-from model import TABLES, VAVAE, gmacs
+from model import SIZES, TABLES, VAVAE, gmacs
 from objective import LOSSES, TARGETS, ends, target_row
 from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state, compile_network,
                     default_average, draw_curves, fastest_dtype, grid, open_codec, read_checkpoint, read_log,
@@ -37,11 +36,15 @@ TABLE_4 = """
                     latent                  pixel
     --model         LightningDiT-XL/1       -
     --image_size    256                     256
+    --target        k                       k
+    --loss          v                       v
     --epochs        800                     600
     --warmup_epochs 0                       5
     --batch_size    1024                    1024
     --lr            2e-4                    2e-4
     --k_lr          1                       1
+    --clip          0                       0
+    --seed          0                       0
     --ema           .9999 .9998 .9996       .9999 .9998 .9996
     --t_mean        0                       -0.8
     --t_std         1                       0.8
@@ -52,6 +55,7 @@ TABLE_4 = """
     --interval      0.1 1.0                 0.1 1.0
     --log_every     50                      50
     --save_every    5000                    5000
+    --keep_every    0                       0
     --sample_every  5000                    5000
 """
 # The demo. A patch has more values than the network is wide, so that only data can pass (JiT).
@@ -147,7 +151,7 @@ FLAGS = f"""
 """
 
 # What a resumed run must share with its checkpoint. All else may change; changes are printed.
-FIXED = ("model target space loss data shape num_classes batch_size seed flip qk_norm ema t_mean t_std "
+FIXED = ("model target space loss data_fingerprint shape num_classes batch_size seed flip qk_norm ema t_mean t_std "
          "noise_scale tau label_drop").split()
 
 def train(state, data, args):
@@ -311,9 +315,13 @@ def save(path, state):
                 "try a lower --lr")
     if RANK == 0:
         data = codec_state(state.codec, state.config.get("tokenizer")) | {"classes": state.classes}
+        checkpoint = {"step": state.step, "skipped": state.skipped, "model": weights, "ema": averages,
+                      "data": data, "optimizer": state.optimizer.state_dict(), "config": state.config}
         with new_file(path) as file:
-            torch.save({"step": state.step, "skipped": state.skipped, "model": weights, "ema": averages, "data": data,
-                        "optimizer": state.optimizer.state_dict(), "config": state.config}, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:                  # torch's own for a full disk
+                raise OSError(str(error)) from error
 
 def resume(args, state):
     """Load the run's checkpoint, if any, into the state. UserError that names what differs."""
@@ -325,7 +333,7 @@ def resume(args, state):
     for key in FIXED:
         require(before.get(key) == config[key], f"--out {args.out} contains a run with {key} {before.get(key)}, "
                 f"not {config[key]}: name another --out, or remove it (--init {path} starts from its weights)")
-    for key in sorted({*before, *config} - {"out", "data", "preset"}):
+    for key in sorted({*before, *config} - {"out", "data", "preset", "guided"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
     with reading(path, "a checkpoint of this version", "; name another --out or remove it"):
@@ -341,7 +349,8 @@ def resume(args, state):
 def start_from(args, config, kdiff, codec, classes):
     """Load the weights of --init, ours or published, and return the codec that belongs to them. Not the w of
     another target, nor the labels of other classes. Fixed tables are computed for this run's sizes."""
-    source, weights, state, *_ = read_checkpoint(args.init)
+    file, _, weights = read_checkpoint(args.init)
+    source, state = file["config"], file["data"]
     name = f"--init {args.init}"
     require(source["model"] == args.model, f"{name} contains a {source['model']}, not a {args.model}")
     left_out = [f"net.{table}" for table in TABLES]
@@ -372,12 +381,12 @@ def parse(argv=None):
     """The command line after its preset. argv: a list of words; None: the program's."""
     argv = sys.argv[1:] if argv is None else argv
     parser = new_parser(__doc__, FLAGS)
-    parser.set_defaults(space="pixel", data="shapes", target="k", loss="v", seed=0, flip=True, clip=0.0,
-                        keep_every=0)
-    args = parser.parse_args(argv)
-    preset = args.preset or choose_preset(args)
-    args = parser.parse_args(preset_flags(preset, args.space) + argv)
+    parser.set_defaults(space="pixel", data="shapes", flip=True)
+    typed = parser.parse_args(argv)
+    preset = typed.preset or choose_preset(typed)
+    args = parser.parse_args(preset_flags(preset, typed.space) + argv)
     args.preset = preset
+    args.guided = typed.cfg is not None
     fill_in(args)
     return args
 
@@ -400,14 +409,14 @@ def preset_flags(preset, space):
 
 def fill_in(args):
     """Set what follows from other flags. UserError for what cannot work."""
-    require(args.space == "latent" or not args.tokenizer, "--tokenizer has no effect in pixels: --space latent")
-    require(args.data == "fashion" or not args.data_dir, f"--data_dir has no effect on --data {args.data}")
-    require(args.space == "latent" or not args.qk_norm, "--qk_norm has no effect on JiT, which always has it")
+    latent = args.space == "latent"
+    for name, useful in (("tokenizer", latent), ("qk_norm", latent), ("data_dir", args.data == "fashion")):
+        require(useful or not getattr(args, name), f"--{name} has no effect on these data in {args.space} space")
     if not args.model:
         args.model = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
         require(args.model, f"--image_size {args.image_size} has no network in Table 4: "
                 "try --preset small, or name one, such as --model JiT-B/16")
-    if "/" not in args.model:                              # a preset's, for pictures of any size: 8 x 8 patches
+    if args.model in SIZES:                                # a preset's, for pictures of any size: 8 x 8 patches
         patch = math.ceil(args.image_size / 8)
         require(args.image_size == 8 * patch, f"--image_size {args.image_size} is no multiple of 8: try {8 * patch}, "
                 f"or name a patch that divides it, such as --model {args.model}/1")
@@ -430,7 +439,7 @@ def open_data(args):
     data = open_dataset(args.data, args.image_size, args.data_dir)
     data.flips = data.flips and args.flip
     data.seed = args.seed
-    latents = isinstance(data, Latents)
+    latents = data.mean is not None
     _, height, width = data[0][0].shape
     size = height * VAVAE.factor if latents else height
     require(size == args.image_size, f"--data {args.data}: its items need --image_size {size}")
@@ -442,7 +451,7 @@ def open_data(args):
 
 def make_codec(args, data):
     """The Codec between the dataset and the network's x. The latents of images are principal components."""
-    if isinstance(data, Latents):
+    if data.mean is not None:
         file = vavae_file(args)
         codec = Codec(open_vavae(file) if file else None, data.mean, data.std)
         require(not file or data.shape[0] == VAVAE.channels,
@@ -486,10 +495,11 @@ def make_config(args, data, codec, device):
     shape = codec.encode(data[0][0][None])[0].shape
     config = vars(args) | {
         "shape": list(shape), "num_classes": len(data.classes), "processes": WORLD,
-        "components": args.space == "pixel" and codec.tokenizer is not None, "data": data.fingerprint()}
-    if len(data.classes) == 1 or args.label_drop == 0:                   # nothing to guide away from
-        config["cfg"] = 1.0
-    args.out = Path(args.out or free_folder(args, config["data"]))
+        "components": args.space == "pixel" and codec.tokenizer is not None,
+        "data_fingerprint": data.fingerprint()}
+    if not args.guided and (len(data.classes) == 1 or args.label_drop == 0):
+        config["cfg"] = 1.0                                # there is nothing to guide away from
+    args.out = Path(args.out or free_folder(args, config["data_fingerprint"]))
     config["out"] = str(args.out)
     inside = Path(args.data).resolve() in args.out.resolve().parents
     require(not (inside and Path(args.data).is_dir()), f"--out {args.out} is inside --data {args.data}, so that "
@@ -500,19 +510,18 @@ def free_folder(args, fingerprint):
     """The default of --out: a name made of space, data and target that no run on other data has."""
     words = [args.space, Path(args.data).resolve().stem, args.target]
     name = "-".join(word for word in words if word not in ("shapes", "k"))
-    for number in count(2):
-        path = Path("out", name, "ckpt.pt")
-        known = path.exists() and read_tensors(path, mmap=True).get("config", {}).get("data")
+    for ending in ("", *(f"-{number}" for number in range(2, 1000))):
+        path = Path("out", name + ending, "ckpt.pt")
+        known = path.exists() and read_tensors(path, mmap=True).get("config", {}).get("data_fingerprint")
         if not first_decides(known not in (False, fingerprint)):
             return path.parent
         print0(f"{path.parent} contains a run on other data; --init {path} would start from its weights")
-        name = f"{name.removesuffix(f'-{number - 1}')}-{number}"
 
 def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to."""
     params = sum(p.numel() for p in kdiff.net.parameters())
     per_epoch = len(data) / args.batch_size
-    hidden = ("out", "steps", "epochs", "dry_run")
+    hidden = "out steps epochs dry_run guided".split()
     settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
     print0("settings  " + "  ".join(settings))
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
@@ -528,20 +537,16 @@ def estimate(args, config, device):
     cost = 6 * gmacs(kdiff.net, config["shape"])           # billions of operations an image
     n = min(args.micro_batch, max(1, int(50 / cost)))
     x = torch.randn(n, *config["shape"], device=device)
-    cores = Cores()
-    began = time.perf_counter()
-    while True:
+    cores = Cores(device)
+    end = time.perf_counter() + 6                          # time enough to give up a busy core
+    while time.perf_counter() < end:
         start = time.perf_counter()
         with autocast(device, args.dtype):
             loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
         loss.backward()
         next(kdiff.net.parameters()).grad.sum().item()     # waits for the device
-        if device.type == "cpu":
-            cores.look()
-        now = time.perf_counter()
-        if now - began > 6:                                # time enough to give up a busy core
-            break
-    seconds = (now - start) / n * args.batch_size / WORLD
+        seconds = (time.perf_counter() - start) / n * args.batch_size / WORLD
+        cores.look()
     print0(f"time      {seconds:.3g} s a step here (a share of {n} images timed, not compiled), "
            f"{timedelta(seconds=int(seconds * args.steps))} in all, without loading and pictures")
 
@@ -566,7 +571,8 @@ class Cores:
     """Watches how much of a CPU other programs leave. Threads spin while they wait for each other: with less
     than 0.7 of their cores, one thread less is faster."""
 
-    def __init__(self):
+    def __init__(self, device):
+        self.on_cpu = device.type == "cpu"
         self.restart()
 
     def restart(self):
@@ -581,7 +587,7 @@ class Cores:
             cores = (time.process_time() - self.used) / wall
             threads = torch.get_num_threads()
             self.restart()
-            if threads > 1 and cores < 0.7 * threads:
+            if self.on_cpu and threads > 1 and cores < 0.7 * threads:
                 torch.set_num_threads(threads - 1)
                 print0(f"other programs left {cores:.1f} of {threads} cores: one thread less from now")
 
@@ -593,8 +599,7 @@ class Log:
         self.state = state
         self.args = args
         self.per_epoch = len(data) / args.batch_size
-        self.cores = Cores()
-        self.first = state.step
+        self.cores = Cores(state.parameters[0].device)
         self.began = time.perf_counter()
         self.bad_in_a_row = 0
         self.good = []
@@ -614,8 +619,7 @@ class Log:
 
     def add(self, loss, norm):
         """Note a step. Its norm is not finite if it was skipped."""
-        if not self.state.parameters[0].is_cuda:
-            self.cores.look()
+        self.cores.look()
         if math.isfinite(norm):
             self.bad_in_a_row = 0
             self.good.append((loss, norm))
@@ -629,7 +633,7 @@ class Log:
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
         loss, grad = all_reduce(means).tolist()            # of equally many steps on each process
         speed = (state.step - self.written) * args.batch_size / (now - self.since)
-        left = (now - self.began) / (state.step - self.first) * (args.steps - state.step)
+        left = (args.steps - state.step) * args.batch_size / speed
         ks = {name: k.item() for name, k in state.kdiff.ks().items()}
         row = dict(step=state.step, epoch=state.step / self.per_epoch, loss=loss, **ks, lr=lr, grad=grad,
                    img_per_s=speed, skipped=state.skipped)

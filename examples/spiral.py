@@ -1,6 +1,6 @@
-"""The spiral of the JiT paper (its Figure 2) with k learned: all of it with a network of another kind.
+"""The spiral of the JiT paper (its Figure 2) with k learned: the whole method with a network of another kind.
 
-    python assets/spiral.py                      # trains 16 networks, writes assets/spiral.png: three minutes
+    python examples/spiral.py                    # trains 16 networks, writes assets/spiral.png
 """
 import math
 import sys
@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from objective import KDiff
 from sample import COLOURS, INK, PAPER, guided, integrate
 
@@ -19,8 +19,10 @@ class MLP(nn.Module):
 
     def __init__(self, D, width=256, frequencies=16):
         super().__init__()
-        widths = [D + 2 * frequencies] + 4 * [width]
-        layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
+        layers, inputs = [], D + 2 * frequencies
+        for _ in range(4):
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            inputs = width
         self.layers = nn.Sequential(*layers, nn.Linear(width, D))
         self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies))
 
@@ -33,19 +35,20 @@ def spiral(u):
     angle = 3 * math.pi * (u + 0.02).sqrt()
     return 0.2 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
 
-def main(out, steps=1500, batch=256):
+def main(out="assets/spiral.png", steps=1500, batch=256, dimensions=(2, 8, 16, 512)):
     """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. A row a target, a column a D."""
     cell, font = 200, ImageFont.load_default(14)
-    sheet = Image.new("RGB", (4 * cell, 4 * cell), PAPER)
-    pen, curve = ImageDraw.Draw(sheet), spiral(torch.linspace(0, 1, 2000))
+    sheet = Image.new("RGB", (len(dimensions) * cell, 4 * cell), PAPER)
+    pen, curve, y = ImageDraw.Draw(sheet), spiral(torch.linspace(0, 1, 2000)), torch.zeros(batch).long()
     for row, target in enumerate(("eps", "v", "x", "k")):
-        for column, D in enumerate((2, 8, 16, 512)):
+        for column, D in enumerate(dimensions):
             torch.manual_seed(0)
             P = torch.linalg.qr(torch.randn(D, 2)).Q                              # (D, 2), orthonormal
-            kdiff = KDiff(MLP(D), target, num_classes=0, t_mean=0.0, t_std=1.0, channels=D)
-            w = [] if kdiff.w is None else [{"params": [kdiff.w], "lr": 1e-2}]
-            optimizer = torch.optim.Adam([{"params": kdiff.net.parameters()}, *w], lr=1e-3)
-            y = torch.zeros(batch, dtype=torch.long)
+            kdiff = KDiff(MLP(D), target, num_classes=0, t_mean=0.0, t_std=1.0)
+            groups = [{"params": kdiff.net.parameters()}]
+            if target == "k":
+                groups.append({"params": [kdiff.w], "lr": 1e-2})
+            optimizer = torch.optim.Adam(groups, lr=1e-3)
             for _ in range(steps):
                 x = spiral(torch.rand(batch)) @ P.T                               # (N, D)
                 loss = kdiff(x.view(batch, D, 1, 1), y)
@@ -53,9 +56,9 @@ def main(out, steps=1500, batch=256):
                 loss.backward()
                 optimizer.step()
             with torch.no_grad():
-                z = integrate(guided(kdiff, y.repeat(2), 1.0, (0.0, 1.0)), torch.randn(2 * batch, D, 1, 1)).flatten(1)
+                *_, z = integrate(guided(kdiff, y, 1.0, (0.0, 1.0)), torch.randn(batch, D, 1, 1))
+            z, k = z.flatten(1), kdiff.ks()["k"].item()
             off = torch.cdist(z, curve @ P.T).min(1).values.mean().item()
-            k = kdiff.ks()["k"].item()
             print(f"D {D:3} | target {target:3} | k {k:.3f} | distance to the spiral {off:.3f}", flush=True)
             pen.text((column * cell + 8, row * cell + 6), f"D {D}  {target}  k {k:.2f}", INK, font)
             for a, b in (z @ P).clamp(-3, 3).tolist():
@@ -64,4 +67,4 @@ def main(out, steps=1500, batch=256):
     sheet.save(out)
 
 if __name__ == "__main__":
-    main(Path(__file__).with_suffix(".png"))
+    main(*sys.argv[1:])

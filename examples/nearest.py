@@ -1,0 +1,34 @@
+"""Are samples copies? Below each, the training picture whose pixels are nearest.
+
+    python examples/nearest.py assets/fashion.pt fashion nearest.png
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import in_batches, open_dataset, read_items
+from sample import grid, load, save_picture
+
+def nearest(images, data):
+    """For each uint8 image (N, 3, H, W) the item of a dataset whose pixels are nearest: (N, 3, H, W)."""
+    distance, found = torch.full((len(images),), torch.inf), images.clone()
+    for indices in in_batches(range(len(data)), 512):
+        batch, _ = read_items(data, indices)
+        d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
+        found = torch.where((d < distance).view(-1, 1, 1, 1), batch[i], found)
+        distance = torch.minimum(d, distance)
+    return found
+
+def main(path, source, out, each=4):
+    """Draw `each` samples of up to ten classes, and their nearest training pictures."""
+    checkpoint = load(path)
+    names = checkpoint.classes[:10]
+    images = checkpoint.sample(names, int(each))
+    data = open_dataset(source, images.shape[2])
+    rows = torch.stack([images.unflatten(0, (len(names), -1)), nearest(images, data).unflatten(0, (len(names), -1))], 1)
+    save_picture(grid(rows.flatten(0, 2), [word for name in names for word in (name, "nearest")]), out)
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
