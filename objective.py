@@ -80,7 +80,7 @@ class KDiff(nn.Module):
     t_mean, t_std, noise_scale, tau, label_drop      see Table 4 in train.py
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     channels    C, needed if the target learns a number for each channel (default: net.in_channels)
-    k_start     where k starts, in (0, 1): a number, or a tensor that broadcasts to w
+    k_start     where k starts, from 0.001 to 0.999: a number, or a tensor that broadcasts to w
     ValueError: an unknown target or loss, or "two" with loss "u", which k1 = k2 = 0 would win."""
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
@@ -107,7 +107,7 @@ class KDiff(nn.Module):
             shape = (channels, 1, 1)
         self.w = None
         if shape is not None:
-            start = torch.logit(torch.as_tensor(k_start, dtype=torch.float32))
+            start = torch.logit(torch.as_tensor(k_start, dtype=torch.float32), eps=1e-3)
             self.w = nn.Parameter(start.expand(shape).clone())
 
     def coefficients(self, t):
@@ -191,27 +191,68 @@ def k_of_direction(variance):
     slopes add up to 0 at D / (D + trace S): Theorem 3.2, with the total variance for d."""
     return 1 / (1 + variance)
 
-def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, points=200):
-    """The k (C,) that leaves a network least to do in each channel of data x (N, C, H, W), under the v-loss.
+EXACT = 4096                          # numbers in a picture, up to which the innovation is exact
 
-    v^ contains -(c+d) z / Delta, a skip connection from z. Suppose that the network adds what the rest of the
-    noisy picture tells about x_i. What is left to predict is k xi - (1-k) e, where xi has variance r(t), the
-    innovation: what remains of x_i after a linear regression on all other coordinates, each seen with noise,
-    z/t = x + (1-t)/t e. With s the noise's scale, the slope of <(r k^2 + s^2 (1-k)^2) / Delta^2> is 0 at
-    k = 1 / (1 + rho), rho = <r t / Delta^3> / (s^2 <(1-t) / Delta^3>), where <> is the mean over times.
-    Without other coordinates r is the variance. Under the u-loss Delta is gone: k_of_direction() is left."""
-    values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T.double()))       # of all C H W coordinates
-    quantiles = (torch.arange(points, device=x.device).double() + 0.5) / points
-    t = torch.sigmoid(t_mean + t_std * torch.special.ndtri(quantiles))[:, None]
-    n = (noise_scale * (1 - t) / t).square()
-    r = 1 / ((1 / (values.clamp(min=0) + n)) @ vectors.square().T) - n            # (points, C H W)
-    r = r.clamp(min=0).view(points, x.shape[1], -1).mean(2) / noise_scale ** 2    # (points, C)
+def innovation(x, n):
+    """r (points, C): how much of a coordinate the rest of the noisy picture does not tell, for data x
+    (N, C, H, W) and variances n (points,) of the noise; the mean over each channel.
+
+    Linear regression on all other coordinates leaves r_i = 1 / [(S + n I)^-1]_ii - n, with S the covariance.
+    With up to EXACT numbers in a picture, and as many pictures, S is measured and its eigenvalues are used.
+    Beyond, pictures are taken for stationary: S is then diagonal in the Fourier basis, a C x C matrix S_f for
+    each frequency, and [(S + n I)^-1]_ii is the mean over f of [(S_f + n I)^-1]_cc."""
+    N, C, H, W = x.shape
+    x = x - x.mean(0)
+    if by_eigenvalues(x):
+        values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T))            # (C H W,), (C H W, C H W)
+        share = vectors.double().square()
+        share = share / share.sum(1, keepdim=True)                                # eigh in float32 is 1e-6 off
+        precision = (1 / (values.double().clamp(min=0) + n[:, None])) @ share.T   # (points, C H W)
+        return (1 / precision - n[:, None]).view(len(n), C, -1).mean(2)
+    f = torch.fft.fft2(x, norm="ortho")
+    S = torch.einsum("nchw,ndhw->hwcd", f, f.conj()) / (N - 1)
+    values, vectors = torch.linalg.eigh(S.flatten(0, 1).to(torch.complex128))     # (H W, C), (H W, C, C)
+    share = vectors.abs().square()
+    values = values.clamp(min=0)[:, None]
+    return torch.stack([1 / (share / (values + m)).sum(2).mean(0) - m for m in n])
+
+def by_eigenvalues(x):
+    """Whether innovation() is exact for data x (N, C, H, W), else by the power spectrum."""
+    return len(x) >= x[0].numel() <= EXACT
+
+def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=200):
+    """The k (C,) that leaves a network least to do in each channel of data x (N, C, H, W) under the v-loss, or
+    with together the one k (1,) for all channels.
+
+    Theorem. Call a network blind if its output i does not see its input i, but all others and t. Its best
+    prediction of u_i = k x_i - (1-k) e_i is k times the regression of x_i on the others: the noise e_i is
+    independent of all that it sees. What is left is k xi - (1-k) e_i, where xi = x_i minus that regression has
+    variance r(t), the innovation. So the least v-loss is, with s the noise's scale and <> the mean over times,
+        L(k) = <(k^2 r + s^2 (1-k)^2) / Delta^2>,   Delta = k (1-t) + (1-k) t,
+        dL/dk = 2 <(r t k - s^2 (1-t) (1-k)) / Delta^3>,
+    since Delta - k Delta' = t and Delta + (1-k) Delta' = 1-t, where Delta' = dDelta/dk. The slope is 0 at
+        k = 1 / (1 + rho),   rho = <r t / Delta^3> / (s^2 <(1-t) / Delta^3>).
+    This is exact for linear blind networks on data of any distribution, for all of them on Gaussian data.
+    Trained networks see their input, and yet end close to it: their skip connection from z to v^, -(c+d) z /
+    Delta, has then done what is to be done with a coordinate's own value. Limits: nothing known of the rest, r
+    is the variance; the u-loss, Delta drops out, k_of_direction() is left; k free at each t, (1-t) / (1-t + r t).
+
+    ValueError for fewer than 2 pictures, or if they are all alike."""
+    if len(x) < 2 or not (x != x[:1]).any():
+        raise ValueError("these data do not differ: they foretell no k")
+    quantiles = (torch.arange(points).double() + 0.5) / points
+    t = torch.sigmoid(t_mean + t_std * torch.special.ndtri(quantiles))
+    r = innovation(x.float().cpu(), (noise_scale * (1 - t) / t).square())
+    r = r.clamp(min=0) / noise_scale ** 2                                         # (points, C)
+    if together:
+        r = r.mean(1, keepdim=True)
+    t = t[:, None]
     k = torch.full_like(r[:1], 0.5)
     for _ in range(200):
         cube = (k * (1 - t) + (1 - k) * t) ** 3
         rho = (r * t / cube).mean(0) / ((1 - t) / cube).mean(0)
         k = (k + 1 / (1 + rho)) / 2
-    return k[0]
+    return k[0].float()
 
 def logit_normal(mean, std):
     """The density p(t) of t = sigmoid(N(mean, std)), as a function of t in (0, 1)."""
@@ -278,29 +319,60 @@ def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=
     last = losses[-steps // 4:]
     return kdiff, sum(last) / len(last)
 
-def numbers(values):
-    """Numbers in columns of eight characters."""
-    return "".join(f"{value:8.3f}" for value in values)
+def train_blind(S, t_mean=-0.8, t_std=0.8, points=24, steps=2000):
+    """Descend the expected v-loss of blind linear networks W(t), each with a k for each coordinate, on data of
+    covariance S (D, D) and noise of variance 1. Returns k (D,)."""
+    t = torch.sigmoid(t_mean + t_std * torch.special.ndtri((torch.arange(points) + 0.5) / points)).view(-1, 1, 1)
+    D = len(S)
+    eye = torch.eye(D)
+    W, w = torch.zeros(points, D, D, requires_grad=True), torch.zeros(D, requires_grad=True)
+    optimizer = torch.optim.Adam([W, w], lr=0.03)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    z = t ** 2 * S + (1 - t) ** 2 * eye                            # covariance of the noisy input
+    for _ in range(steps):
+        k = torch.sigmoid(w)[:, None]                              # of output i
+        zu = t * k * S - (1 - t) * (1 - k) * eye                   # covariance of target i and input j
+        V = W * (1 - eye)                                          # blind
+        left = (k ** 2 * S.diag()[:, None] + (1 - k) ** 2)[:, 0] + (V @ z * V - 2 * V * zu).sum(2)
+        loss = (left / (k * (1 - t) + (1 - k) * t)[..., 0] ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return torch.sigmoid(w.detach())
+
+def show(name, values, digits=3):
+    """Print numbers in columns."""
+    print(f"   {name:10}" + "".join(f"{value:8.{digits}f}" for value in values))
 
 def main():
     """Check the theorems by gradient descent. Print theory next to measurement."""
     start = time.time()
     D = 64
     print("Theorem 3.2. A linear layer and k, trained together by gradient descent on the u-loss\n")
-    print("   D    d   k learned   D/(D+d)   loss reached   loss by Eq. (12)")
+    print("   D    d   k learned   D/(D+d)   loss reached   by Eq. (12): along the data + across")
     for d in (64, 32, 16, 8, 1):
         kdiff, loss = train_linear([1.0] * d + [0.0] * (D - d))
         learned = kdiff.ks()["k"]
         k = optimal_k(d, D)
-        least = optimal_loss(k, k - 1, d, D)
-        print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {least:18.3f}")
+        along, across = optimal_loss(k, k - 1, d, d), optimal_loss(k, k - 1, 0, D - d)
+        print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {along + across:14.3f} = "
+              f"{along:.3f} + {across:.3f}")
+
+    print("\nEqs. (8)-(11). Both modes of the layer on their way, for k = 0.8 fixed, next to their exponentials\n")
+    for n in (10, 40, 160):
+        kdiff, _ = train_linear([1.0] * 8 + [0.0] * 8, 0.8, steps=n, batch=2048, rate=0.05)
+        W = kdiff.net.weight.detach().diag()
+        theory = 0.45 * (1 - math.exp(-0.05 * n * 2 / 3)), -0.3 * (1 - math.exp(-0.05 * n / 3))
+        print(f"   step {n:3}: along {W[:8].mean():.3f}, theory {theory[0]:.3f}; "
+              f"across {W[8:].mean():.3f}, theory {theory[1]:.3f}")
 
     variances = torch.tensor([4, 4, 1, 0.3, 0.1, 0.01, 0, 0])
     kdiff, _ = train_linear(variances, "channel", steps=6000, k_rate=16.0)
     print("\nThe spectrum. One k for each direction, for data of any covariance: 1 / (1 + s^2)\n")
-    print("   s^2    " + numbers(variances))
-    print("   learned" + numbers(torch.sigmoid(kdiff.w.detach()).flatten()))
-    print("   theory " + numbers(k_of_direction(variances)))
+    show("s^2", variances, 2)
+    show("learned", torch.sigmoid(kdiff.w.detach()).flatten())
+    show("theory", k_of_direction(variances))
     print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise moves it like more pixels\n")
     for sigma in (0.7, 1, 2):
         kdiff, _ = train_linear(variances / sigma ** 2, rate=0.25)
@@ -308,7 +380,13 @@ def main():
         k = optimal_k(variances.sum().item() / sigma ** 2, len(variances))
         print(f"   noise of standard deviation {sigma:3}: learned {learned:.3f}, theory {k:.3f}")
 
-    print(f"\nWhat the theorem does not cover. The best k of the same layer, D = {D}, d = 32, by Eq. (12)\n")
+    print("\nThe blind-spot theorem: what networks come close to. v-loss, D = 6, any covariance (k_of_innovation)\n")
+    root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([root, -root]) * math.sqrt(11 / 2)                              # of covariance root^T root
+    show("descent", train_blind(root.T @ root), 4)
+    show("theory", k_of_innovation(x.view(12, 6, 1, 1), -0.8, 0.8, points=24), 4)
+
+    print(f"\nWhat Theorem 3.2 does not cover. The best k of its layer, D = {D}, d = 32, by Eq. (12)\n")
     ks = [n / 1000 for n in range(1, 1001)]
     for name, *how in (
             ("u-loss, uniform t: Theorem 3.2", "u", None, 0.0),
@@ -317,9 +395,8 @@ def main():
             ("v-loss, t as in latent space (Table 4), tau 0", "v", logit_normal(0.0, 1.0), 0.0)):
         best = min(ks, key=lambda k: optimal_loss(k, k - 1, 32, D, *how))
         print(f"    {name:50} {best:.3f}")
-    print("\nA linear network that sees t reaches the v-loss s^2 / (s^2 t^2 + (1-t)^2) for every k. Then the "
-          "target\nmatters only through what a network of finite width and training can do.")
-    print("\nThe networks of this repository learn k under the v-loss: do not read a dimension off their k.")
+    print("\nA linear network that sees t and its input reaches the v-loss s^2 / (s^2 t^2 + (1-t)^2) for every k: "
+          "the\ntarget then matters only through what a network of finite width and training can do.")
     print(f"({time.time() - start:.0f} s)")
 
 if __name__ == "__main__":

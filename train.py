@@ -9,6 +9,7 @@ The same command again resumes from its last checkpoint. --dry_run prints what a
 """
 import copy
 import math
+import re
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, User
                   all_reduce, barrier, batch_indices, exit_now, first_decides, new_file, new_parser, on_signals, open_dataset, open_vavae, own_folder, print0,
                   read_tensors, reading, require, run, seed_of, setup, some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
-from objective import LOSSES, TARGETS, ends, target_row
+from objective import EXACT, LOSSES, TARGETS, by_eigenvalues, ends, k_of_innovation, target_row
 from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state, compile_network,
                     default_average, draw_curves, fastest_dtype, grid, open_codec, read_checkpoint, read_log,
                     read_rows, save_picture, write_rows)
@@ -37,6 +38,7 @@ TABLE_4 = """
     --model         LightningDiT-XL/1       -
     --image_size    256                     256
     --target        k                       k
+    --k_start       0.5                     0.5
     --loss          v                       v
     --epochs        800                     600
     --warmup_epochs 0                       5
@@ -126,6 +128,7 @@ FLAGS = f"""
     --dtype         float32|bfloat16    of autocast (default: bfloat16 if the GPU has it)
 
     --target        text                {", ".join(TARGETS)}, or a number in [0, 1] (default k)
+    --k_start       text                where k starts: a number in (0, 1), or data: as foretold (default 0.5)
     --loss          {"|".join(LOSSES)}           the variable whose error is squared (default v)
     --t_mean        number              of the normal whose sigmoid is t
     --t_std         amount              of the same
@@ -218,9 +221,10 @@ def main():
     for buffer in codec.buffers() if WORLD > 1 else ():    # machines may differ in a component's sign
         dist.broadcast(buffer, 0)
     config = make_config(args, data, codec, device)
+    k_start = foretell(args, config, data, codec)
     torch.manual_seed(args.seed % 2 ** 63)
     with torch.device("meta" if args.dry_run else "cpu"):                        # a dry run needs no weights
-        kdiff = build_kdiff(config)
+        kdiff = build_kdiff(config, k_start)
     describe(args, config, kdiff, data)
     if args.dry_run:
         return estimate(args, config, device)
@@ -333,7 +337,7 @@ def resume(args, state):
     for key in FIXED:
         require(before.get(key) == config[key], f"--out {args.out} contains a run with {key} {before.get(key)}, "
                 f"not {config[key]}: name another --out, or remove it (--init {path} starts from its weights)")
-    for key in sorted({*before, *config} - {"out", "data", "preset", "guided"}):
+    for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "k_of_theory"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
     with reading(path, "a checkpoint of this version", "; name another --out or remove it"):
@@ -387,6 +391,8 @@ def parse(argv=None):
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
     args.preset = preset
     args.guided = typed.cfg is not None
+    require(target_row(args.target)[0] is not None or not typed.k_start,
+            f"--k_start has no effect on --target {args.target}")
     fill_in(args)
     return args
 
@@ -423,6 +429,8 @@ def fill_in(args):
         args.model += f"/{patch}"
     at_0, at_1 = ends(args.target)                         # 0 if Delta vanishes there
     fill(args, noise_scale=args.image_size / 256, tau=0.0 if at_0 and at_1 else 0.05)
+    require(args.k_start == "data" or re.fullmatch(r"0?\.\d+", args.k_start),
+            f"--k_start {args.k_start}: a number between 0 and 1, or data")
     check_interval(args.interval)
     require(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays are between 0 and 1")
     require(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
@@ -517,11 +525,35 @@ def free_folder(args, fingerprint):
             return path.parent
         print0(f"{path.parent} contains a run on other data; --init {path} would start from its weights")
 
+def foretell(args, config, data, codec):
+    """Print the k that the spectrum of the data foretells. Returns where k starts, as --k_start says."""
+    each = target_row(args.target)[0] == "C"
+    numbers = math.prod(config["shape"])
+    few = 4096 if numbers <= EXACT else max(64, 2 ** 26 // numbers)       # pictures; that many fit in memory
+    k = torch.zeros(config["shape"][0] if each else 1)
+    if RANK == 0:
+        x = codec.encode(some_items(data, few))
+        way = "eigenvalues" if by_eigenvalues(x) else "the power spectrum"
+        try:
+            k = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale, not each)
+            name = min((1, "x"), (0.5, "v"), (0, "eps"), key=lambda fixed: abs(fixed[0] - k.mean()))[1]
+            spread = f" ({k.min():.3f} to {k.max():.3f})" if each else ""
+            print0(f"theory    k {k.mean():.3f}{spread} by {way} of {len(x):,} pictures; of fixed targets {name} "
+                   "is nearest")
+        except ValueError as error:
+            print0(f"theory    none: {error}")
+    all_reduce(k)
+    config["k_of_theory"] = k.mean().item()
+    if args.k_start != "data":
+        return float(args.k_start)
+    require(k.min() > 0, f"--k_start data: --data {args.data} foretells no k")
+    return k.view(-1, 1, 1) if each else k[0]
+
 def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to."""
     params = sum(p.numel() for p in kdiff.net.parameters())
     per_epoch = len(data) / args.batch_size
-    hidden = "out steps epochs dry_run guided".split()
+    hidden = "out steps epochs dry_run guided k_of_theory".split()
     settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
     print0("settings  " + "  ".join(settings))
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
@@ -660,6 +692,9 @@ def draw(args, state, name):
         state.kdiff.train()
         save_picture(grid(images, state.classes[:rows]), written[0])
     panels = [{name: read_log(args.out, name) for name in names} for names in (["loss"], state.kdiff.ks())]
+    theory = state.config.get("k_of_theory")
+    if theory:
+        panels[1]["theory, dashed"] = [i / 40 * state.step for i in range(41)], [theory] * 41
     draw_curves(panels, written[1])
     return ", ".join(str(path) for path in written if path.exists())
 
