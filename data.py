@@ -45,8 +45,8 @@ except ImportError:                   # Windows
 # ---- Datasets ----------------------------------------------------------------------------------------------
 
 class Dataset(torch.utils.data.Dataset):
-    """n items with labels below len(classes). A dataset of yours sets n and classes and defines item(i), which
-    always gives the same (tensor, label); flips says whether they may be mirrored.
+    """n items with labels below len(classes). A dataset of yours sets n and classes and defines
+    item(i), which always gives the same (tensor, label); flips says whether they may be mirrored.
     data[i] is item i. data[(epoch, i)] is mirrored or not, as (seed, epoch, i) decide."""
     flips = False
     seed = 0
@@ -78,7 +78,8 @@ class Dataset(torch.utils.data.Dataset):
         tensor, label = self[i]
         return label, tensor.numpy().tobytes()
 
-# Signed distance of (x, y), at radius r, to the outline of a shape of radius about 1. It is negative inside.
+# Signed distance of (x, y), at radius r, to the outline of a shape of radius about 1. It is
+# negative inside.
 def cross(x, y, r):
     bars = np.minimum(abs(x), abs(y)) - 0.28
     return np.maximum(np.maximum(abs(x), abs(y)) - 1, bars)
@@ -104,8 +105,9 @@ OUTLINES = {
 }
 
 class Shapes(Dataset):
-    """n images of 8 shapes, each in one bright hue on a dark ground. Item i, of class i % 8, is always the same.
-    Five factors: place (2), size, angle, hue. item: (uint8 (3, image_size, image_size), label)."""
+    """n images of 8 shapes, each in one bright hue on a dark ground. Item i, of class i % 8, is
+    always the same. Five factors: place (2), size, angle, hue. item: (uint8 (3, image_size,
+    image_size), label)."""
     classes = list(OUTLINES)
 
     def __init__(self, n, image_size, seed=0):
@@ -114,8 +116,9 @@ class Shapes(Dataset):
         self.factors = np.random.Generator(np.random.Philox(seed)).random((n, 5))
 
     def item(self, i):
-        draw = self.drawn_once if self.image_size <= 64 else self.draw
-        return draw(i), i % 8
+        if self.image_size <= 64:
+            return self.drawn_once(i), i % 8
+        return self.draw(i), i % 8
 
     def draw(self, i):
         """The image of item i, uint8 (3, H, W), from its factors."""
@@ -137,9 +140,10 @@ class Shapes(Dataset):
     drawn_once = functools.lru_cache(6_400)(draw)
 
 class Fashion(Dataset):
-    """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes in grey.
-    The 60,000 for training, 28 px, padded with black. They are read from `folder`; if None, from Debian's
-    package dataset-fashion-mnist or from our cache, to which they are downloaded once.
+    """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes
+    in grey. The 60,000 for training, 28 px, padded with black. They are read from `folder`,
+    which is by default the one of Debian's package dataset-fashion-mnist, or else our cache, to
+    which they are downloaded once.
     item: (uint8 (3, image_size, image_size), label)."""
     classes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
     url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -162,10 +166,11 @@ class Fashion(Dataset):
 
     def read(self, name, folder):
         """The bytes of a file. FileError if they are not the published ones."""
-        paths = [Path(place, f"{name}.gz").expanduser() for place in ([folder] if folder else self.places)]
-        path = next(filter(Path.is_file, paths), paths[-1])
+        path = Path(folder or self.places[0], f"{name}.gz")
         if not (folder or path.is_file()):
-            download(self.url + path.name, path, "; --data_dir says where it is")
+            path = Path(self.places[1], f"{name}.gz").expanduser()
+        if not path.is_file():
+            download(self.url + path.name, path, f"; fetch it elsewhere and put it at {path}")
         with reading(path, "Fashion-MNIST"):
             content = gzip.decompress(path.read_bytes())
             if hashlib.sha256(content).hexdigest() != self.sha256[name]:
@@ -179,8 +184,8 @@ if features.check("avif"):            # not in every build of Pillow
 ENDINGS = " ".join(FORMATS.values()).split()
 
 def list_images(folder):
-    """The images below a folder, sorted. Links are followed. A line counts the files that are left out.
-    UserError: no such folder, or no image in it."""
+    """The images below a folder, sorted. Links are followed. A line counts the files that are
+    left out. UserError: no such folder, or no image in it."""
     require(os.path.isdir(folder), f"{folder}: no such folder")
     found, left_out = [], Counter()
     for here, folders, files in os.walk(folder, followlinks=True):
@@ -201,7 +206,8 @@ def list_images(folder):
     return sorted(found)
 
 def read_image(path):
-    """The image file as an upright RGB image, the first frame if there are several. FileError if unreadable."""
+    """The image file as an upright RGB image, the first frame if there are several. FileError
+    if unreadable."""
     with reading(path, "a readable image", "; mend or remove it"):
         if not os.path.isfile(path):                                   # a pipe would wait for ever
             raise ValueError("no such file")
@@ -228,8 +234,9 @@ def crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 class ImageFolder(Dataset):
-    """The images below a folder, cropped to image_size if it is not None. Each subfolder is a class. Images
-    next to subfolders, or in a flat folder, are a class named like the folder. UserError for an empty one."""
+    """The images below a folder, cropped to image_size if it is not None. Each subfolder is a
+    class. Images next to subfolders, or in a flat folder, are a class named like the folder.
+    UserError for an empty one."""
     flips = True
 
     def __init__(self, folder, image_size):
@@ -241,9 +248,9 @@ class ImageFolder(Dataset):
         # numbers are sorted by their value
         self.classes = sorted(set(names), key=lambda name: name.zfill(9) if name.isdecimal() else name)
         for entry in os.scandir(folder):
-            hidden = entry.name.startswith((".", "__"))
-            require(hidden or not entry.is_dir() or entry.name in self.classes,
-                    f"{entry.path}: a class folder without images; fill or remove it")
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                require(entry.name in self.classes,
+                        f"{entry.path}: a class folder without images; fill or remove it")
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number[name] for name in names])
         self.paths = np.array([os.fsencode(path) for path in paths])   # one block, shared by forked workers
@@ -267,7 +274,8 @@ class ImageFolder(Dataset):
             return Path(self.path(i)).read_bytes()
 
 class Memmap(np.memmap):
-    """A read-only array in a file. It is pickled as path and offset, so that loading processes reopen it."""
+    """A read-only array in a file. It is pickled as path and offset, so that loading
+    processes reopen it."""
 
     def __reduce__(self):
         return Memmap, (self.filename, self.dtype, "r", self.offset, self.shape)
@@ -292,8 +300,9 @@ def open_safetensors(path):
             arrays[name] = Memmap(path, dtype, "r", 8 + length + begin, shape)   # fails past the end
     return arrays, metadata
 
-def safetensors_header(classes, **arrays):
-    """The first bytes of a .safetensors file with these arrays, each (dtype, shape), and class names."""
+def begin_safetensors(file, classes, **arrays):
+    """Write the header of a .safetensors file with these arrays, each (dtype, shape), and class
+    names. Returns {name: position}, for append() to write the arrays bit by bit."""
     header = {"__metadata__": {"classes": json.dumps(classes)}}
     end = 0
     for name, (dtype, shape) in arrays.items():
@@ -301,10 +310,18 @@ def safetensors_header(classes, **arrays):
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                    # arrays begin at multiples of 8
-    return len(text).to_bytes(8, "little") + text
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: file.tell() + header[name]["data_offsets"][0] for name in arrays}
+
+def append(file, positions, name, tensor):
+    """Write a tensor behind what was written of an array before."""
+    file.seek(positions[name])
+    file.write(tensor.numpy().tobytes())
+    positions[name] = file.tell()
 
 def class_names(metadata, labels, path):
-    """The names of classes 0, 1, ...: those in the metadata, or numbers. UserError if the labels do not fit."""
+    """The names of classes 0, 1, ...: those in the metadata, or numbers. UserError if the
+    labels do not fit."""
     low, high = int(labels.min()), int(labels.max())
     with reading(path, "a file with class names"):
         names = json.loads(metadata.get("classes", "0")) or list(map(str, range(min(high + 1, 1_000_000))))
@@ -314,15 +331,17 @@ def class_names(metadata, labels, path):
     return names
 
 def read_tensors(path, mmap=False):
-    """The dict in a torch or .safetensors file. Nothing in it is executed. FileError if it is damaged or
-    contains more than tensors, containers and argparse.Namespace, which JiT's published files contain.
-    mmap: tensors stay in the file until they are used, so that several processes share one copy."""
+    """The dict in a torch or .safetensors file. Nothing in it is executed. FileError if it is
+    damaged or contains more than tensors, containers and argparse.Namespace, which JiT's
+    published files contain. mmap: tensors stay in the file until they are used, so that several
+    processes share one copy."""
     require(os.path.isfile(path), f"{path}: no such file")
     if str(path).endswith(".safetensors"):
         tensors = {}
         for name, array in open_safetensors(path)[0].items():
-            tensor = torch.from_numpy(np.array(array))
-            tensors[name] = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+            tensors[name] = torch.from_numpy(np.array(array))
+            if array.dtype == np.uint16:
+                tensors[name] = tensors[name].view(torch.bfloat16)
         return tensors
     with reading(path, "a file of plain tensors"), torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap) | {}
@@ -334,10 +353,11 @@ def open_vavae(path):
         return VAVAE(weights)
 
 class Stored(Dataset):
-    """Packed images, or latents of `data.py encode` or LightningDiT: the .safetensors files at a path, memory-
-    mapped. Each contains labels, and images (N, 3, H, W) or latents and latents_flip (N, C, h, w). Next to
-    latents is latents_stats.pt with mean and std, for each channel.
-    item: (uint8 image or float32 latent, not normalised, label). mirrored: the latent of the mirrored image."""
+    """Packed images, or latents of `data.py encode` or LightningDiT: the .safetensors files at a
+    path, memory- mapped. Each contains labels, and images (N, 3, H, W) or latents and latents_flip
+    (N, C, h, w). Next to latents is latents_stats.pt with mean and std, for each channel.
+    item: (uint8 image or float32 latent, not normalised, label). mirrored: the latent of the
+    mirrored image."""
     flips = True
 
     def __init__(self, path):
@@ -346,10 +366,12 @@ class Stored(Dataset):
         for file in paths:
             arrays, metadata = open_safetensors(file)
             self.files.append(arrays)
-            self.kind = "images" if "images" in self.files[0] else "latents"
+            self.kind, names = "images", ["images"]
+            if "images" not in self.files[0]:
+                self.kind, names = "latents", ["latents", "latents_flip"]
             with reading(file, "a file of `python data.py`, or a shard that fits the others"):
                 shape = arrays["labels"].shape + self.files[0][self.kind].shape[1:]
-                for name in {"images": ["images"], "latents": ["latents", "latents_flip"]}[self.kind]:
+                for name in names:
                     if len(shape) != 4 or arrays[name].shape != shape:
                         raise ValueError(f"{name} {arrays[name].shape}, labels {arrays['labels'].shape}")
         self.shape = shape[1:]
@@ -361,7 +383,8 @@ class Stored(Dataset):
             file = Path(path, "latents_stats.pt")                      # written last: the folder is complete
             statistics = read_tensors(file)
             with reading(file, f"a mean and a std for each of {shape[1]} channels"):
-                self.mean, self.std = (statistics[key].float().view(1, shape[1], 1, 1) for key in ("mean", "std"))
+                self.mean = statistics["mean"].float().view(1, shape[1], 1, 1)
+                self.std = statistics["std"].float().view(1, shape[1], 1, 1)
             require((self.std > 0).all() and (self.mean + self.std).isfinite().all(),
                     f"{file}: mean and std must be finite, and std above 0")
 
@@ -370,21 +393,23 @@ class Stored(Dataset):
         arrays = self.files[number]
         i = i - self.starts[number]
         tensor = torch.from_numpy(np.array(arrays[name or self.kind][i]))
-        return tensor if self.kind == "images" else tensor.float(), int(arrays["labels"][i])
+        if self.kind == "latents":
+            tensor = tensor.float()
+        return tensor, int(arrays["labels"][i])
 
     def mirrored(self, i):
-        return super().mirrored(i) if self.kind == "images" else self.item(i, "latents_flip")
+        if self.kind == "images":
+            return super().mirrored(i)
+        return self.item(i, "latents_flip")
 
-# What --data may name beside paths. A row of yours is called with --image_size and --data_dir.
-DATASETS = {
-    "shapes": lambda image_size, folder: Shapes(6_400, image_size),
-    "fashion": lambda image_size, folder: Fashion(image_size, folder),
-}
+# What --data may name beside paths. A row of yours is called with --image_size.
+DATASETS = {"shapes": functools.partial(Shapes, 6_400), "fashion": Fashion}
 
-def open_dataset(source, image_size, folder=None):
-    """What --data names: a row of DATASETS, a folder of images or latents, a packed file; else UserError."""
+def open_dataset(source, image_size):
+    """What --data names: a row of DATASETS, a folder of images or latents, a packed file;
+    else UserError."""
     if source in DATASETS:
-        return DATASETS[source](image_size, folder)
+        return DATASETS[source](image_size)
     path = Path(source)
     require(path.exists(), f"{path}: no such file or folder")
     if path.is_dir() and not any(path.glob("*.safetensors")):
@@ -395,8 +420,9 @@ def open_dataset(source, image_size, folder=None):
     return data
 
 def batch_indices(n, batch_size, seed, start, stop, rank=0, world=1):
-    """The order of training: one permutation per epoch, concatenated. Batch m is positions m B to (m+1) B - 1.
-    Yields a process's share of each batch as a list of (epoch, index), for steps start, ..., stop - 1."""
+    """The order of training: one permutation per epoch, concatenated. Batch m is positions m B
+    to (m+1) B - 1. Yields a process's share of each batch as a list of (epoch, index), for steps
+    start, ..., stop - 1."""
     @functools.lru_cache(2)                                            # a batch may straddle two epochs
     def permutation(epoch):
         generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
@@ -414,7 +440,8 @@ def read_items(data, indices):
     return torch.stack(tensors), torch.tensor(labels)
 
 def some_items(data, n=4096):
-    """Up to n items as one tensor (n, ...), fewer if they are large. Drawn from all data, always the same."""
+    """Up to n items as one tensor (n, ...), fewer if they are large. Drawn from all data,
+    always the same."""
     n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
     batch = next(batch_indices(len(data), n, 0, 0, 1))
     return read_items(data, [i for _, i in batch])[0]
@@ -451,8 +478,9 @@ class PatchPCA(nn.Module):
         return F.pixel_shuffle(patches, self.factor)
 
 class Codec(nn.Module):
-    """Between what datasets contain and the network's x: the only place where images and latents are scaled.
-    tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. can_decode: whether to images."""
+    """Between what datasets contain and the network's x: the only place where images and latents
+    are scaled. tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. can_decode:
+    whether to images."""
 
     def __init__(self, tokenizer=None, mean=None, std=None):
         super().__init__()
@@ -474,8 +502,8 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def decode(self, x):
-        """x (N, C, h, w) to uint8 images (N, 3, H, W): round(clip((x + 1) 127.5)). Grey becomes RGB.
-        UserError if x is not finite."""
+        """x (N, C, h, w) to uint8 images (N, 3, H, W): round(clip((x + 1) 127.5)). Grey becomes
+        RGB. UserError if x is not finite."""
         if self.mean is not None:
             x = x * self.std + self.mean
         if self.tokenizer:
@@ -488,51 +516,48 @@ class Codec(nn.Module):
 # ---- Commands: pack and encode -----------------------------------------------------------------------------
 
 def pack(source, image_size, out):
-    """Write a folder's images, cropped to image_size, and labels as one file that can be memory-mapped."""
+    """Write a folder's images, cropped to image_size, and labels as one file that can be
+    memory-mapped."""
     data = ImageFolder(source, image_size)
     n = len(data)
     with new_file(out) as file:
-        file.write(safetensors_header(
-            data.classes, images=("U8", (n, 3, image_size, image_size)), labels=("I64", (n,))))
+        positions = begin_safetensors(
+            file, data.classes, images=("U8", (n, 3, image_size, image_size)), labels=("I64", (n,)))
         for indices in in_batches(range(n), 64):
-            images, _ = read_items(data, indices)
-            file.write(images.numpy().tobytes())
-        file.write(data.labels.astype("<i8").tobytes())
+            images, labels = read_items(data, indices)
+            append(file, positions, "images", images)
+            append(file, positions, "labels", labels)
     print(f"wrote {out}: {n:,} images of {image_size} px; train with --data {out}")
 
 @torch.no_grad()
 def encode(source, tokenizer, image_size, out, batch_size=32):
-    """Write VA-VAE latents of every image and its mirror image, and labels, as LightningDiT's shards; each
-    process writes its own. The statistics come last: without them a folder is half-written."""
+    """Write VA-VAE latents of every image and its mirror image, and labels, in LightningDiT's
+    format. Each process writes one file. The statistics come last: without them a folder is
+    half-written."""
     data = open_dataset(source, image_size)
     out, factor = Path(out), tokenizer.factor
     require(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
     require(data.mean is None, f"{source}: these are latents already")
+    require(len(data) >= WORLD, f"{source}: {len(data)} images for {WORLD} processes: use fewer")
     require(not any(out.glob("*.safetensors")), f"--out {out} contains latents: name another folder")
     barrier()                                                      # all have looked before the first writes
     device = next(tokenizer.parameters()).device
     shape = (tokenizer.channels, image_size // factor, image_size // factor)
     sums = torch.zeros(2, shape[0], dtype=torch.float64)           # of the values and of their squares
     mine = range(len(data) * RANK // WORLD, len(data) * (RANK + 1) // WORLD)
-    shard, number = {"latents": [], "latents_flip": [], "labels": []}, 0
-    for indices in in_batches(mine, batch_size):
-        images, labels = read_items(data, indices)
-        shard["labels"].append(labels)
-        for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
-            noise = seeded_normal(shape, [seed_of(0, name, i) for i in indices], device)
-            latents = tokenizer.encode(Codec().encode(batch).to(device), noise).cpu()
-            shard[name].append(latents.half())
-            latents = latents.double()
-            sums += torch.stack([latents, latents.square()]).sum((1, 3, 4))
-        if len(shard["labels"]) * batch_size >= 4096 or indices[-1] == mine[-1]:
-            latents, mirrored, labels = map(torch.cat, shard.values())
-            dtype = "F16", latents.shape
-            with new_file(out / f"latents_rank{RANK:02}_shard{number:03}.safetensors") as file:
-                file.write(safetensors_header(
-                    data.classes, latents=dtype, latents_flip=dtype, labels=("I64", labels.shape)))
-                for array in (latents, mirrored, labels):
-                    file.write(array.numpy().tobytes())
-            shard, number = {name: [] for name in shard}, number + 1
+    latents = "F16", (len(mine), *shape)
+    with new_file(out / f"latents_rank{RANK:02}.safetensors") as file:
+        positions = begin_safetensors(
+            file, data.classes, latents=latents, latents_flip=latents, labels=("I64", (len(mine),)))
+        for indices in in_batches(mine, batch_size):
+            images, labels = read_items(data, indices)
+            append(file, positions, "labels", labels)
+            for name, batch in (("latents", images), ("latents_flip", images.flip(-1))):
+                noise = seeded_normal(shape, [seed_of(0, name, i) for i in indices], device)
+                x = tokenizer.encode(Codec().encode(batch).to(device), noise).cpu()
+                append(file, positions, name, x.half())
+                x = x.double()
+                sums += torch.stack([x, x.square()]).sum((1, 3, 4))
     mean, square = all_reduce(sums) / (2 * len(data) * math.prod(shape[1:]))
     std = (square - mean ** 2).clamp(min=0).sqrt()
     if RANK == 0:
@@ -581,18 +606,23 @@ CORES = max(1, (os.cpu_count() or 1) // LOCAL_WORLD)          # of each process
 
 def setup(device=None):
     """Join the other processes, if any. Returns the torch.device: as named, else cuda if there is one."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = device or "cpu"
+    if not device and torch.cuda.is_available():
+        name = "cuda"
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+            if device.index is None:
+                device = torch.device("cuda", LOCAL_RANK)
             torch.cuda.set_device(device)             # first: else each process would also occupy GPU 0
             torch.set_float32_matmul_precision("high")
         torch.empty(0, device=device)
     except Exception as error:                        # torch raises many kinds
         raise UserError(f"--device {name} is not usable here: {in_short(error)}") from error
     if WORLD > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))    # longer than pictures and saving
     return device
 
@@ -608,18 +638,21 @@ def barrier():
 
 def first_decides(value):
     """The integer that the first process passes, on all processes."""
-    return int(all_reduce(torch.tensor(int(value) if RANK == 0 else 0)))
+    return int(all_reduce(torch.tensor(int(value) * (RANK == 0))))
 
 def gather(x):
-    """The CPU tensors x (n, ...) of all processes, one after the other: on the first process, else None."""
+    """The CPU tensors x (n, ...) of all processes, one after the other: on the first
+    process, else None."""
     if WORLD == 1:
         return x
+    if RANK > 0:
+        return dist.gather(x)
     parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.gather(x, parts if RANK == 0 else None)
-    return torch.cat(parts) if RANK == 0 else None
+    dist.gather(x, parts)
+    return torch.cat(parts)
 
 def in_batches(indices, batch_size, what="images"):
-    """Slices of indices. Prints a line every 10 seconds and at the end: progress, rate, time left."""
+    """Slices of indices. Prints a line every 10 seconds and at the end: progress and time left."""
     start = printed = time.time()
     n = len(indices)
     for first in range(0, n, batch_size):
@@ -628,8 +661,8 @@ def in_batches(indices, batch_size, what="images"):
         done = min(first + batch_size, n)
         if RANK == 0 and (now - printed > 10 or done == n > batch_size):
             printed = now
-            rate = done / (now - start + 1e-9)
-            print(f"{what} {done:,}/{n:,} | {rate:,.1f}/s | {(n - done) / rate:,.0f} s left", file=sys.stderr)
+            left = (now - start) * (n - done) / done
+            print(f"{what} {done:,}/{n:,} | {left:,.0f} s left", file=sys.stderr)
 
 def my_batches(n, batch_size, what="images"):
     """This process's share of the indices below n, in ranges of one length: every WORLD-th range.
@@ -667,8 +700,9 @@ def require(ok, message):
 
 @contextmanager
 def reading(path, what, remedy=""):
-    """Around the reading of a file: an error of any kind becomes a FileError, "path: not what (error)remedy".
-    Libraries raise many kinds for bad bytes. Our own code stays outside, so that its errors are shown."""
+    """Around the reading of a file: an error of any kind becomes a FileError, "path: not what
+    (error)remedy". Libraries raise many kinds for bad bytes. Our own code stays outside, so that
+    its errors are shown."""
     try:
         yield
     except UserError:
@@ -711,8 +745,8 @@ KINDS = {
 }
 
 def new_parser(doc, flags):
-    """An argparse parser for a table of flags: in each line a name, a kind and a help. A flag that is not given
-    is None, or False for a switch. Errors are one line, like ours."""
+    """An argparse parser for a table of flags: in each line a name, a kind and a help. A flag
+    that is not given is None, or False for a switch. Errors are one line, like ours."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message} (see --help)")
@@ -726,7 +760,8 @@ def new_parser(doc, flags):
 SIGNALS = [getattr(signal, name) for name in "SIGTERM SIGINT SIGHUP".split() if hasattr(signal, name)]
 
 def on_signals(handler):
-    """What the signals that ask this process to end do from now on. nohup's choice to ignore SIGHUP stays."""
+    """What the signals that ask this process to end do from now on. nohup's choice to ignore
+    SIGHUP stays."""
     for number in SIGNALS:
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -736,8 +771,8 @@ def stop(number, frame):
     raise SystemExit(128 + number)
 
 def run(main):
-    """Call main(). A UserError ends the program with its one line and exit status 2, once under torchrun.
-    With KDIFF_DEBUG=1 in the environment the traceback and its causes are printed, too."""
+    """Call main(). A UserError ends the program with its one line and exit status 2, once under
+    torchrun. With KDIFF_DEBUG=1 in the environment the traceback and its causes are printed, too."""
     status = 0
     try:
         on_signals(stop)
@@ -762,11 +797,13 @@ def run(main):
     exit_now(status, workers)
 
 def explain(error):
-    """One line for a UserError, or for what is no bug of ours: a path, memory, a lost process. Else raises."""
+    """One line for a UserError, or for what is no bug of ours: a path, memory, a lost
+    process. Else raises."""
     text = str(error).rstrip()
     if isinstance(error, UserError):
-        # an error of a loading process ends in its own line
-        return text.splitlines()[-1].partition("Error: ")[2] if text.startswith("Caught ") else text
+        if text.startswith("Caught "):                        # in a loading process: its own line comes last
+            text = text.splitlines()[-1].partition("Error: ")[2]
+        return text
     if isinstance(error, BrokenPipeError):
         sys.stdout = open(os.devnull, "w")
         return "nobody reads the output any more"
@@ -781,7 +818,8 @@ def explain(error):
     raise error
 
 def end_workers():
-    """Kill this process's loading processes: they ignore signals, and one may hold a lock. Returns them."""
+    """Kill this process's loading processes: they ignore signals, and one may hold a lock.
+    Returns them."""
     workers = multiprocessing.active_children()
     if hasattr(signal, "SIGCHLD"):                            # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)         # torch's handler would raise
@@ -804,7 +842,8 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise FileError(f"{path} could not be written, what it was before is intact: {in_short(error)}") from error
+        raise FileError(f"{path} could not be written, what it was before is intact: "
+                        f"{in_short(error)}") from error
 
 def hold(file, path):
     """Lock an open file or folder until it is closed. UserError if another process holds it."""
@@ -816,7 +855,8 @@ def hold(file, path):
 
 @contextmanager
 def own_folder(path):
-    """Make a folder in which only this run writes. UserError if another one does, or a machine does not see it."""
+    """Make a folder in which only this run writes. UserError if another one does, or a machine
+    does not see it."""
     lock = Path(path, ".lock")
     if RANK == 0:
         with writing(lock):
@@ -833,8 +873,8 @@ def own_folder(path):
 
 @contextmanager
 def new_file(path):
-    """An open file that becomes path when the block ends, and is removed if the block fails: a reader sees
-    the old file or the new one, never half."""
+    """An open file that becomes path when the block ends, and is removed if the block fails: a
+    reader sees the old file or the new one, never half."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")           # hidden: no pattern of ours finds it
     with writing(path):

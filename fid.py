@@ -26,12 +26,13 @@ from torch import nn
 from data import (RANK, Dataset, ImageFolder, Memmap, Stored, UserError, all_reduce, download, first_decides,
                   my_batches, new_file, new_parser, open_dataset, print0, read_items, read_tensors, reading,
                   require, run, setup)
-from sample import SAMPLER, append_row, draw_curves, open_sampler, read_rows
+from sample import SAMPLER, append_row, open_sampler, read_rows
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,), sigma (D, D).
-    The trace of the root is the sum of the singular values of A1^T A2, where sigma = A A^T: a real number at
-    every rank, never NaN. UserError for other shapes or numbers that are not finite."""
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) of two Gaussians: mu (D,),
+    sigma (D, D). The trace of the root is the sum of the singular values of A1^T A2, where sigma
+    = A A^T: a real number at every rank, never NaN. UserError for other shapes or numbers that
+    are not finite."""
     mu1, sigma1 = gaussian(mu1, sigma1)
     mu2, sigma2 = gaussian(mu2, sigma2, len(mu1))
     cross = scipy.linalg.svdvals(root(sigma1).T @ root(sigma2)).sum()
@@ -39,7 +40,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(shift + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
 
 def gaussian(mu, sigma, dim=None):
-    """mu and sigma in float64. UserError unless they are finite numbers, (D,) and (D, D); dim: the D expected."""
+    """mu and sigma in float64. UserError unless they are finite numbers, (D,) and (D, D); dim:
+    the D expected."""
     mu, sigma = (np.asarray(a, dtype=np.float64) for a in (mu, sigma))
     fit = mu.shape == (dim or mu.size,) and sigma.shape == 2 * mu.shape
     require(fit and np.isfinite(mu).all() and np.isfinite(sigma).all(),
@@ -53,8 +55,9 @@ def root(sigma):
     return vectors[:, keep] * np.sqrt(values[keep])
 
 def inception_score(logits, splits=10):
-    """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean and std.
-    The order of rows matters: that of the files, or of the samples' indices. UserError for N < splits."""
+    """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean
+    and std. The order of rows matters: that of the files, or of the samples' indices. UserError
+    for N < splits."""
     logits = torch.as_tensor(logits)
     n = len(logits)
     require(n >= splits, f"{n} images do not fill {splits} splits")
@@ -71,8 +74,9 @@ def inception_score(logits, splits=10):
 # ---- Features ----------------------------------------------------------------------------------------------
 
 def resize(x, size=299):
-    """TensorFlow 1's bilinear resize: uint8 (N, 3, H, W) to float32 (N, 3, size, size), unscaled.
-    Destination i reads source i H / size: no half-pixel shift, no antialiasing. That is part of FID."""
+    """TensorFlow 1's bilinear resize: uint8 (N, 3, H, W) to float32 (N, 3, size, size),
+    unscaled. Destination i reads source i H / size: no half-pixel shift, no antialiasing. That
+    is part of FID."""
     for _ in ("width", "height"):                                 # the last dimension, then turn the image
         source = torch.arange(size, device=x.device) * (x.shape[-1] / size)
         low = source.long()
@@ -82,9 +86,10 @@ def resize(x, size=299):
         x = (left + (right - left) * (source - low)).mT
     return x
 
-# A block concatenates its branches, which are separated by bars. A branch is a chain of convolutions, named as
-# in the file, and of pools. They keep the image's size, except for "/s", which means stride s and no padding.
-# "a+b" applies both to the same input and concatenates: 7b ends in branch3x3_2a and branch3x3_2b.
+# A block concatenates its branches, which are separated by bars. A branch is a chain of
+# convolutions, named as in the file, and of pools. They keep the image's size, except for "/s",
+# which means stride s and no padding. "a+b" applies both to the same input and concatenates: 7b
+# ends in branch3x3_2a and branch3x3_2b.
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
 A = "branch1x1 | branch5x5_1 branch5x5_2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 | average branch_pool"
 B = "branch3x3/2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2 | halve"
@@ -100,9 +105,9 @@ POOLS = {"average": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
          "max": nn.MaxPool2d(3, 1, 1), "halve": nn.MaxPool2d(3, 2)}
 
 class Inception(nn.Module):
-    """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and bias-free logits (N, 1008).
-    weights_file: keys and shapes as published, else FileError. Float32 throughout: the caller's autocast and
-    TF32 would move an FID in its third digit."""
+    """The Inception-v3 of FID: uint8 images (N, 3, H, W) to pool3 (N, 2048) and bias-free logits
+    (N, 1008). weights_file: keys and shapes as published, else FileError. Float32 throughout:
+    the caller's autocast and TF32 would move an FID in its third digit."""
     key, dim = "fid", 2048
 
     def __init__(self, weights_file):
@@ -140,17 +145,21 @@ class Inception(nn.Module):
         return x
 
     def convolve(self, x, name):
-        """Convolution, with the norm folded into it, and ReLU. name: a step of the table, after its block's."""
+        """Convolution, with the norm folded into it, and ReLU. name: a step of the table,
+        after its block's."""
         name, _, stride = name.partition("/")
         weight, gain, bias, mean, var = (self.get_buffer(f"{name} {key}") for key in (
             "conv weight", "bn weight", "bn bias", "bn running_mean", "bn running_var"))
         gain = gain / (var + 1e-3).sqrt()
         weight = weight * gain[:, None, None, None]
-        padding = "valid" if stride else "same"
-        return F.conv2d(x, weight, bias - mean * gain, int(stride or 1), padding).relu_()
+        bias = bias - mean * gain
+        if stride:
+            return F.conv2d(x, weight, bias, int(stride)).relu_()
+        return F.conv2d(x, weight, bias, padding="same").relu_()
 
 class Pixels(nn.Module):
-    """uint8 images (N, 3, H, W) to 16x16 area-averaged RGB in [0, 1], (N, 768), and None for the logits."""
+    """uint8 images (N, 3, H, W) to 16x16 area-averaged RGB in [0, 1], (N, 768), and None
+    for the logits."""
     key, dim, sha256 = "pixel_distance", 768, None
 
     def forward(self, images):
@@ -162,7 +171,8 @@ URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 
 def make_extractor(features="inception", weights=None, device="cpu", any_weights=False):
-    """Pixels, or Inception with the published weights, downloaded once a machine. UserError for others."""
+    """Pixels, or Inception with the published weights, downloaded once a machine.
+    UserError for others."""
     if features == "pixels":
         return Pixels().to(device)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name))
@@ -188,7 +198,7 @@ class NpzImages(Dataset):
         with reading(path, "an .npz of images"), zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")
             with open(path, "rb") as file:
-                file.seek(member.header_offset + 26)              # the lengths of two fields before the content
+                file.seek(member.header_offset + 26)      # the lengths of two fields before the content
                 file.seek(int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little"), 1)
                 if member.compress_type == zipfile.ZIP_STORED:
                     np.lib.format.read_magic(file)
@@ -207,10 +217,13 @@ class NpzImages(Dataset):
         return torch.from_numpy(np.array(self.images[i])).permute(2, 0, 1), 0
 
 def open_samples(path):
-    """The Dataset of images in a folder (not cropped), a packed file or an .npz. UserError for all else."""
+    """The Dataset of images in a folder (not cropped), a packed file or an .npz. UserError
+    for all else."""
     if Path(path).is_dir():
         return ImageFolder(path, None)
-    return NpzImages(path) if path.endswith(".npz") else Stored(path)
+    if path.endswith(".npz"):
+        return NpzImages(path)
+    return Stored(path)
 
 def batches_of(data, batch_size, path):
     """This process's share of a dataset's images, as moments() takes it. UserError for other items."""
@@ -230,7 +243,8 @@ class Reference(NamedTuple):
     weights: str = None               # sha256 of those that made it; None: unknown
 
 def load_reference(path, features="inception"):
-    """The Reference in an .npz, published or of --make_ref. UserError if it is of other features, or images."""
+    """The Reference in an .npz, published or of --make_ref. UserError if it is of other
+    features, or images."""
     with reading(path, "an .npz of statistics (see --make_ref)"):
         file = np.load(path, allow_pickle=False)
         mu, sigma = file["mu"], file["sigma"]
@@ -240,14 +254,17 @@ def load_reference(path, features="inception"):
         mu, sigma = gaussian(mu, sigma, EXTRACTORS[features].dim)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Reference(path, mu, sigma, **{name: made[name] or None for name in Reference._fields if name in made})
+    known = {name: made[name] or None for name in Reference._fields if name in made}
+    return Reference(path, mu, sigma, **known)
 
 def moments(batches, n, extractor, device, score=False):
-    """mu (D,) and sigma (D, D) over n - 1, float64, of the features of n images on all processes, and, with
-    score, the Inception Score's mean and std. batches: this process's (uint8 (B, 3, H, W), range of indices),
-    as of my_batches(). UserError for n < 2."""
+    """mu (D,) and sigma (D, D) over n - 1, float64, of the features of n images on all
+    processes; then mean and std of the Inception Score, None without `score`. batches: this
+    process's (uint8 (B, 3, H, W), range of indices), as of my_batches(). UserError for n < 2."""
     require(n > 1, f"{n} images have no covariance: 2 are needed, and 50,000 are usual")
-    exact = "cpu" if device.type == "mps" else device             # which has no float64
+    exact = device
+    if device.type == "mps":                                      # which has no float64
+        exact = "cpu"
     total = torch.zeros(extractor.dim, dtype=torch.float64, device=exact)
     squares = torch.zeros(extractor.dim, extractor.dim, dtype=torch.float64, device=exact)
     table = torch.zeros(n if score else 0, 1008)                  # logits in the order of the indices
@@ -262,36 +279,42 @@ def moments(batches, n, extractor, device, score=False):
     mu = all_reduce(total) / n
     sigma = (all_reduce(squares) - n * torch.outer(mu, mu)) / (n - 1)
     all_reduce(table)                                             # each row is 0 on all processes but one
-    return mu.cpu().numpy(), sigma.cpu().numpy(), inception_score(table) if score else (None, None)
+    mu, sigma = mu.cpu().numpy(), sigma.cpu().numpy()
+    if score:
+        return mu, sigma, *inception_score(table)
+    return mu, sigma, None, None
 
 def evaluate(batches, n, extractor, reference, device, settings=None):
-    """Measure n images, given as for moments(), against a Reference, and print the numbers with what made them.
-    Returns a dict: fid or pixel_distance and, for 10 images or more through Inception, is_mean and is_std.
-    UserError if images or weights do not fit the reference."""
+    """Measure n images, given as for moments(), against a Reference, and print the numbers with
+    what made them. Returns a dict: fid or pixel_distance and, for 10 images or more through
+    Inception, is_mean and is_std. UserError if images or weights do not fit the reference."""
     require(reference.weights in (None, extractor.sha256), f"{reference.path}: made with other weights")
 
     def fitting():
         side = reference.image_size
         for images, indices in batches:
             require(not side or images.shape[2:] == (side, side),
-                    f"{reference.path}: of {side} x {side} pixels, the samples have {tuple(images.shape[2:])}")
+                    f"{reference.path}: of {side} x {side} pixels, samples of {tuple(images.shape[2:])}")
             yield images, indices
     score = extractor.key == "fid" and n >= 10
-    mu, sigma, (is_mean, is_std) = moments(fitting(), n, extractor, device, score)
+    mu, sigma, is_mean, is_std = moments(fitting(), n, extractor, device, score)
     result = {extractor.key: frechet_distance(mu, sigma, reference.mu, reference.sigma)}
     if extractor.key == "fid":
-        few = min(n, reference.n or n) < 2048
-        print0(f"FID {result['fid']:.6g}", "(warning: too high, of fewer than 2,048 images)" if few else "")
+        print0(f"FID {result['fid']:.6g}")
+        if min(n, reference.n or n) < 2048:
+            print0("warning: it is too high, being of fewer than 2,048 images")
     else:
         print0(f"pixel distance {result['pixel_distance']:.6g}")
     if score:
         result |= {"is_mean": is_mean, "is_std": is_std}
         print0(f"IS {is_mean:.6g} +- {is_std:.4g}")
     print0(f"samples: {n:,} images | settings {json.dumps(settings)}")
-    print0(f"reference: {reference.n or 'unknown':} images | {reference.path} | sha256 {sha256(reference.path)}")
+    print0(f"reference: {reference.n or 'unknown'} images | {reference.path} | "
+           f"sha256 {sha256(reference.path)}")
     if extractor.sha256:
-        print0(f"weights: sha256 {extractor.sha256}",
-               "" if extractor.sha256 == WEIGHTS else "(WARNING: not FID's own)")
+        print0(f"weights: sha256 {extractor.sha256}")
+        if extractor.sha256 != WEIGHTS:
+            print0("warning: these are not FID's own weights")
     return result
 
 # ---- Commands ----------------------------------------------------------------------------------------------
@@ -299,8 +322,8 @@ def evaluate(batches, n, extractor, reference, device, settings=None):
 FOUND = "fid pixel_distance is_mean is_std".split()               # columns of fid.csv behind the settings
 
 def measure(path, args, extractor, reference, device):
-    """Add the distance of a checkpoint's samples to fid.csv next to it, and draw fid.png. A measurement is
-    known by its settings and by the hashes of checkpoint and reference: one that is there is not repeated."""
+    """Add the distance of a checkpoint's samples to fid.csv next to it. A measurement is known by
+    its settings and by the hashes of checkpoint and reference: one that is there is not repeated."""
     checkpoint, classes, how, settings = open_sampler(path, args, device)
     settings["solver_steps"] = settings.pop("steps")
     settings |= {"file": sha256(path)[:16], "reference": sha256(reference.path)[:16]}
@@ -318,26 +341,18 @@ def measure(path, args, extractor, reference, device):
     batches = checkpoint.batches(labels, args.batch_size or 64, **how)
     result = evaluate(batches, len(labels), extractor, reference, device, settings)
     if RANK == 0:
-        found = {name: f"{result[name]:.6g}" if name in result else "" for name in FOUND}
-        append_row(table, key | found)
-        curves = {}
-        for row in sorted(read_rows(table), key=lambda row: int(row["step"])):
-            if row[extractor.key]:
-                name = f"EMA {row['ema']}, CFG {row['cfg']}, n {row['n']}"
-                xs, ys = curves.setdefault(name, ([], []))
-                xs.append(int(row["step"]))
-                ys.append(float(row[extractor.key]))
-        draw_curves([curves], table.with_suffix(".png"))
+        found = {name: f"{number:.6g}" for name, number in result.items()}
+        append_row(table, key | dict.fromkeys(FOUND, "") | found)
 
 def make_reference(args, extractor, device):
     """Write the statistics of training images."""
     data = open_dataset(args.make_ref, args.image_size)
     batches = batches_of(data, args.batch_size or 64, args.make_ref)
-    mu, sigma, _ = moments(batches, len(data), extractor, device)
+    mu, sigma, _, _ = moments(batches, len(data), extractor, device)
     if RANK == 0:
+        made = {"n": len(data), "image_size": args.image_size, "features": args.features}
         with new_file(args.out) as file:
-            np.savez(file, mu=mu, sigma=sigma, n=len(data), image_size=args.image_size, features=args.features,
-                     weights=extractor.sha256 or "")
+            np.savez(file, mu=mu, sigma=sigma, weights=extractor.sha256 or "", **made)
     print0(f"wrote {args.out}: {args.features} features of {len(data):,} images of {args.image_size} px")
 
 def is_checkpoint(path):
@@ -354,7 +369,8 @@ FLAGS = SAMPLER + """
 """
 
 def parse(argv=None):
-    """The command line. argv: a list of words; None: the program's. UserError for flags that do not fit."""
+    """The command line. argv: a list of words; None: the program's. UserError for flags
+    that do not fit."""
     args = new_parser(__doc__, FLAGS).parse_intermixed_args(argv)
     args.features = args.features or "inception"
     if args.make_ref:
@@ -362,7 +378,9 @@ def parse(argv=None):
                 "--make_ref DATA needs --image_size PIXELS and --out FILE.npz, and no other path")
     else:
         require(len(args.paths) > 1, "give SAMPLES or CHECKPOINTS and REF, or --make_ref DATA")
-    without_effect = [] if args.make_ref else ["image_size", "out"]
+    without_effect = []
+    if not args.make_ref:
+        without_effect += ["image_size", "out"]
     if args.features == "pixels":
         without_effect += ["weights", "any_weights"]
     if not any(map(is_checkpoint, args.paths)):
@@ -375,7 +393,8 @@ def main():
     """Measure checkpoints or samples against a reference, or write one."""
     args = parse()
     device = setup(args.device)
-    reference = None if args.make_ref else load_reference(args.paths[-1], args.features)
+    if not args.make_ref:                     # read first: it takes less time than fetching weights
+        reference = load_reference(args.paths[-1], args.features)
     extractor = make_extractor(args.features, args.weights, device, args.any_weights)
     if args.make_ref:
         return make_reference(args, extractor, device)

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 # ---- The transformers --------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, always in float32. With a condition (adaLN) the result is also
-    modulated: * (1 + scale) + shift, each (N, 1, D)."""
+    """x / rms(x) * weight over the last axis, always in float32. With a condition (adaLN) the
+    result is also modulated: * (1 + scale) + shift, each (N, 1, D)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -40,6 +40,10 @@ def rotate(x, cos, sin):
     pairs = x.unflatten(-1, (-1, 2))                               # (N, T, heads, h / 2, 2)
     return torch.addcmul(pairs * cos, pairs.flip(-1), sin).flatten(-2)          # sin has the signs -, +
 
+def dropout_layer(p):
+    """Dropout, or nothing where p is 0: a Dropout(0) would be 3% of the demo's step."""
+    return nn.Dropout(p) if p else nn.Identity()
+
 class Attention(nn.Module):
     """Softmax attention with rotary positions and, if asked for, normalised queries and keys."""
 
@@ -48,9 +52,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()    # 3% of the demo's step
-        self.q_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(dim // heads) if qk_norm else nn.Identity()
+        self.dropout = dropout_layer(dropout)
+        qk = RMSNorm if qk_norm else nn.Identity                   # Identity takes any arguments
+        self.q_norm = qk(dim // heads)
+        self.k_norm = qk(dim // heads)
 
     def forward(self, x, cos, sin):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))       # (N, T, 3, heads, h)
@@ -66,13 +71,14 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim, dropout):
         super().__init__()
-        hidden = 4 * dim * 2 // 3                                  # as many weights as a plain MLP of width 4 D
+        hidden = 4 * dim * 2 // 3                      # as many weights as a plain MLP of width 4 D
         self.w12 = nn.Linear(dim, 2 * hidden)
         self.w3 = nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout = dropout_layer(dropout)
 
     def forward(self, x):
-        # two products: one would copy the gradients of its halves together, 5% of the demo's step
+        # two products, for one would have to copy the gradients of its halves together: 5%
+        # of the demo's step
         w1, w2 = self.w12.weight.chunk(2)
         b1, b2 = self.w12.bias.chunk(2)
         gate = F.linear(x, w1, b1)                                 # (N, T, hidden)
@@ -119,8 +125,9 @@ class FinalLayer(nn.Module):
 
 class Transformer(nn.Module):
     """What JiT and DiT share: everything but x_embedder, which makes a token of each patch.
-    forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). If `checkpointing` is set, the
-    backward pass computes the activations of each block again. ValueError for sizes that do not fit."""
+    forward: x (N, C, H, W), t (N,) in [0, 1], y (N,) int64 -> (N, C, H, W). If `checkpointing`
+    is set, the backward pass computes the activations of each block again. ValueError for sizes
+    that do not fit."""
 
     def __init__(self, *, image_size, patch_size, in_channels, dim, depth, heads, num_classes, qk_norm=False,
                  dropout=0.0, context_tokens=0, context_start=0):
@@ -129,26 +136,29 @@ class Transformer(nn.Module):
             raise ValueError(f"image_size {image_size}: this network takes square images")
         if image_size % patch_size:
             fits = math.ceil(image_size / patch_size) * patch_size
-            raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: try {fits}")
+            raise ValueError(f"image_size {image_size} is no multiple of patch_size {patch_size}: try {fits}")
         if context_tokens and context_start >= depth:
             raise ValueError(f"context_start {context_start} is after the last block: try {depth - 1}")
         self.patch_size = patch_size
         self.side = image_size // patch_size
         self.in_channels = in_channels
         self.checkpointing = False
-        self.context_start = context_start if context_tokens else None
+        self.context_start = None
         if context_tokens:
+            self.context_start = context_start
             self.in_context_posemb = nn.Parameter(0.02 * torch.randn(1, context_tokens, dim))
         self.register_buffer("pos_embed", sincos_positions(self.side, dim))
         self.t_embedder = TimeEmbedding(dim)
         self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + 1, dim)})
         cos, sin = rotary_positions(self.side, dim // heads, context_tokens)
         signs = torch.tensor([-1.0, 1.0])
-        self.register_buffer("cos", cos.view(len(cos), 1, -1, 2), persistent=False)      # (tokens, 1, h / 2, 2)
+        # (tokens, 1, h / 2, 2)
+        self.register_buffer("cos", cos.view(len(cos), 1, -1, 2), persistent=False)
         self.register_buffer("sin", sin.view(len(sin), 1, -1, 2) * signs, persistent=False)
-        middle = range(depth // 4, depth // 4 * 3)
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, qk_norm, dropout if i in middle else 0.0) for i in range(depth))
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            in_middle = depth // 4 <= i < depth // 4 * 3
+            self.blocks.append(Block(dim, heads, qk_norm, dropout if in_middle else 0.0))
         self.final_layer = FinalLayer(dim, patch_size ** 2 * in_channels)
 
     def forward(self, x, t, y):
@@ -164,8 +174,9 @@ class Transformer(nn.Module):
             if i == self.context_start:                            # class tokens in front, which never turn
                 x = torch.cat([label[:, None] + self.in_context_posemb.squeeze(0), x], dim=1)
                 cos, sin = self.cos, self.sin
-            # the last block drops the class tokens, which nothing reads afterwards: 6% of the demo's step
-            drop = x.shape[1] - T if block is self.blocks[-1] else 0
+            drop = 0
+            if block is self.blocks[-1]:       # nothing reads the class tokens any more: saves 6%
+                drop = x.shape[1] - T
             if self.checkpointing:
                 x = checkpoint(block, x, condition, cos, sin, drop, use_reentrant=False)
             else:
@@ -189,15 +200,16 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def compile(self, **how):
-        """Compile each block in place: keys stay, one graph serves all, gradients leave block by block."""
+        """Compile each block in place: keys stay, one graph serves all, gradients leave
+        block by block."""
         torch._dynamo.config.recompile_limit = 64        # each number of tokens and of images is a graph
         torch._dynamo.config.optimize_ddp = False        # DDP would cut the blocks again
         for part in (*self.blocks, self.final_layer):
             part.compile(**how)
 
 class JiT(Transformer):
-    """Just image Transformer: large patches of pixels through a bottleneck, q and k normalised, class tokens
-    in front from block `context_start` on. `dropout` acts in the middle half of the blocks."""
+    """Just image Transformer: large patches of pixels through a bottleneck, q and k normalised, class
+    tokens in front from block `context_start` on. `dropout` acts in the middle half of the blocks."""
 
     def __init__(self, *, patch_size, in_channels=3, dim, bottleneck, **config):
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, qk_norm=True, **config)
@@ -241,22 +253,24 @@ NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-demo/8 Light
          "LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 LightningDiT-demo/1").split()
 
 def build(name, image_size, num_classes, in_channels=None, **overrides):
-    """The network NAME/PATCH. image_size: the side of x, in pixels for JiT and in latents for LightningDiT.
-    in_channels: by default 3 for JiT, 32 for LightningDiT. overrides: arguments of JiT or DiT.
+    """The network NAME/PATCH. image_size: the side of x, in pixels for JiT and in latents
+    for LightningDiT. in_channels: by default 3 for JiT, 32 for LightningDiT. overrides:
+    arguments of JiT or DiT.
     ValueError for an unknown name."""
     size, _, patch = name.partition("/")
     if size not in SIZES or not patch.isdecimal() or int(patch) < 1:
         raise ValueError(f"unknown model {name}: choose from {', '.join(NAMES)}, "
                          f"or NAME/PATCH with {', '.join(SIZES)} and any patch")
-    network, channels = (JiT, 3) if name.startswith("JiT") else (DiT, 32)
-    config = SIZES[size] | {"patch_size": int(patch), "in_channels": in_channels or channels} | overrides
-    return network(image_size=image_size, num_classes=num_classes, **config)
+    config = SIZES[size] | {"patch_size": int(patch), "image_size": image_size, "num_classes": num_classes}
+    if name.startswith("JiT"):
+        return JiT(in_channels=in_channels or 3, **config | overrides)
+    return DiT(in_channels=in_channels or 32, **config | overrides)
 
 # ---- Time and positions ------------------------------------------------------------------------------------
 
 class TimeEmbedding(nn.Module):
-    """t (N,) in [0, 1] -> (N, D). Computed in float64, so that autocast and TF32 cannot round nearby times to
-    the same value."""
+    """t (N,) in [0, 1] -> (N, D). Computed in float64, so that autocast and TF32 cannot round
+    nearby times to the same value."""
 
     def __init__(self, dim):
         super().__init__()
@@ -280,13 +294,15 @@ def angles(side, n):
     return a.repeat_interleave(side, dim=0), a.repeat(side, 1)
 
 def sincos_positions(side, dim):
-    """The fixed table (1, T, D) added to the tokens: the column in the first half of D, the row in the second."""
+    """The fixed table (1, T, D) added to the tokens: the column in the first half of D, the row
+    in the second."""
     row, column = angles(side, dim // 4)
-    return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1).float()[None]
+    table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)
+    return table.float()[None]
 
 def rotary_positions(side, dim, prefix=0):
-    """cos and sin (prefix + T, h) of 2-D RoPE. The first half of a head turns with the row of its token, the
-    second half with the column. The first `prefix` tokens do not turn."""
+    """cos and sin (prefix + T, h) of 2-D RoPE. The first half of a head turns with the row of
+    its token, the second half with the column. The first `prefix` tokens do not turn."""
     a = torch.cat(angles(side, dim // 4), dim=1)
     a = a.repeat_interleave(2, dim=1)                              # neighbouring channels turn together
     a = F.pad(a, (0, 0, prefix, 0))
@@ -311,7 +327,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = conv(width_in, width)
         self.norm2 = norm(width)
         self.conv2 = conv(width, width)
-        self.nin_shortcut = conv(width_in, width, 1) if width_in != width else nn.Identity()
+        self.nin_shortcut = nn.Identity()
+        if width_in != width:
+            self.nin_shortcut = conv(width_in, width, 1)
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
@@ -335,15 +353,18 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(y.mT.unflatten(2, x.shape[2:]))
 
 class Level(nn.Module):
-    """One resolution: residual blocks, attention after each if asked for, then the step to the next level."""
+    """One resolution: residual blocks, attention after each if asked for, then the step to
+    the next level."""
 
     def __init__(self, width_in, width, blocks, attention):
         super().__init__()
         self.block = nn.ModuleList()
         self.attn = nn.ModuleList()
-        for i in range(blocks):
-            self.block.append(ResidualBlock(width if i else width_in, width))
-            self.attn.append(SpatialAttention(width) if attention else nn.Identity())
+        attn = SpatialAttention if attention else nn.Identity
+        for _ in range(blocks):
+            self.block.append(ResidualBlock(width_in, width))
+            self.attn.append(attn(width))
+            width_in = width
         self.downsample = nn.Identity()
         self.upsample = nn.Identity()
 
@@ -352,9 +373,18 @@ class Level(nn.Module):
             x = attn(block(x))
         return self.upsample(self.downsample(x))
 
+def middle(width):
+    """What the encoder does after its levels and the decoder before them."""
+    return named(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
+                 block_2=ResidualBlock(width, width))
+
+def leave(width, out):
+    """The last parts of both, by name."""
+    return {"norm_out": norm(width), "swish": nn.SiLU(), "conv_out": conv(width, out)}
+
 class VAVAE(nn.Module):
-    """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], sides multiples of 16 <-> latents (N, 32, H/16, W/16).
-    weights: the published file, or the dict in it; without them the network is untrained.
+    """VA-VAE f16d32: images (N, 3, H, W) in [-1, 1], sides multiples of 16 <-> latents (N, 32, H/16,
+    W/16). weights: the published file, or the dict in it; without them the network is untrained.
     In bfloat16 it still takes and returns float32."""
     factor, channels = 16, 32
 
@@ -374,14 +404,14 @@ class VAVAE(nn.Module):
             if i > 0:
                 level.upsample = named(nearest=nn.Upsample(scale_factor=2), conv=conv(width, width))
             up[str(i)] = level
-        self.encoder = named(
-            conv_in=conv(3, first), down=named(**down), mid=self.middle(last),
-            norm_out=norm(last), swish=nn.SiLU(), conv_out=conv(last, 2 * self.channels))
-        self.decoder = named(
-            conv_in=conv(self.channels, last), mid=self.middle(last), up=named(**up),
-            norm_out=norm(first), swish=nn.SiLU(), conv_out=conv(first, 3))
-        self.quant_conv = conv(2 * self.channels, 2 * self.channels, 1)
-        self.post_quant_conv = conv(self.channels, self.channels, 1)
+        # from images to the moments of latents, and from latents to images
+        channels = self.channels
+        self.encoder = named(conv_in=conv(3, first), down=named(**down), mid=middle(last),
+                             **leave(last, 2 * channels))
+        self.decoder = named(conv_in=conv(channels, last), mid=middle(last), up=named(**up),
+                             **leave(first, 3))
+        self.quant_conv = conv(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = conv(channels, channels, 1)
         if weights is not None:
             if not isinstance(weights, dict):
                 weights = torch.load(weights, map_location="cpu", weights_only=True)
@@ -390,13 +420,9 @@ class VAVAE(nn.Module):
             self.load_state_dict({key: value for key, value in weights.items() if key.startswith(ours)})
         self.eval().requires_grad_(False)
 
-    def middle(self, width):
-        """What the encoder does at the end and the decoder at the start."""
-        return named(block_1=ResidualBlock(width, width), attn_1=SpatialAttention(width),
-                     block_2=ResidualBlock(width, width))
-
     def moments(self, images):
-        """Mean and log variance of the posterior, each (N, 32, H/16, W/16). The log variance is in [-30, 20]."""
+        """Mean and log variance of the posterior, each (N, 32, H/16, W/16). The log variance is
+        in [-30, 20]."""
         images = images.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean.float(), logvar.float().clamp(-30, 20)
@@ -416,38 +442,47 @@ class VAVAE(nn.Module):
 # ---- Published files: which network, which weights ---------------------------------------------------------
 
 # What sampling needs to know beside the weights (the papers' settings and Table 4).
-PUBLISHED = {
-    "JiT":          dict(space="pixel", target="x", tau=0.05, cfg=2.9, interval=[0.1, 1.0]),
-    "LightningDiT": dict(space="latent", target="v", tau=0.0, cfg=1.5, interval=[0.1, 1.0]),
-}
+BOTH = dict(loss="v", label_drop=0.1, t_mean=0.0, t_std=1.0, noise_scale=1.0, interval=[0.1, 1.0])
+PUBLISHED = {"JiT": BOTH | dict(space="pixel", target="x", tau=0.05, cfg=2.9),
+             "LightningDiT": BOTH | dict(space="latent", target="v", tau=0.0, cfg=1.5)}
 AVERAGES = {"model_ema1": "0.9999", "model_ema2": "0.9996", "model": "none"}     # the names in JiT's files
 # Tables that follow from the sizes of a network. A file need not contain them.
 TABLES = "pos_embed feat_rope.freqs_cos feat_rope.freqs_sin".split()
 
 def from_published(file, name=None):
-    """The dict in a published file, in the form of our checkpoints. It is the weights, or a dict of dicts of
-    weights such as "model" and "ema". Prefixes such as "module." are removed.
-    name: of the size, if the shapes leave it open. ValueError if it is neither JiT nor LightningDiT."""
-    parts = {AVERAGES.get(key, key): part for key, part in file.items()
-             if isinstance(part, dict) and any(map(torch.is_tensor, part.values()))}
+    """The dict in a published file, in the form of our checkpoints. It is the weights, or a dict
+    of dicts of weights such as "model" and "ema". Prefixes such as "module." are removed.
+    name: of the size, if the shapes leave it open. ValueError if it is neither JiT nor
+    LightningDiT."""
+    parts = {}
+    for key, part in file.items():
+        if isinstance(part, dict) and any(map(torch.is_tensor, part.values())):
+            parts[AVERAGES.get(key, key)] = part
     averages = {}
     for key, weights in (parts or {"none": file}).items():
         last = "t_embedder.mlp.0.weight"
         prefixes = [key.removesuffix(last) for key in weights if key.endswith(last)]
         if not prefixes or any("mlp.fc1" in key for key in weights):
-            kind = "a DiT or SiT" if prefixes else f"a file with {', '.join(list(weights)[:3])}, ..."
+            kind = f"a file with {', '.join(list(weights)[:3])}, ..."
+            if prefixes:
+                kind = "a DiT or SiT"
             raise ValueError(f"it is {kind}, neither JiT nor LightningDiT")
         start = prefixes[0]
         averages[key] = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
     config = published_config(next(iter(averages.values())), name)
-    averages = {key: {f"net.{k}": v for k, v in weights.items()} for key, weights in averages.items()}
-    return {"config": config, "ema": averages, "step": file.get("epoch", 0),
-            "data": {"classes": [str(i) for i in range(config["num_classes"])]}}
+    for key, weights in averages.items():
+        averages[key] = {f"net.{name}": weight for name, weight in weights.items()}
+    data = {"classes": [str(i) for i in range(config["num_classes"])]}
+    return {"config": config, "ema": averages, "step": file.get("epoch", 0), "data": data}
 
 def published_config(weights, name=None):
     """The config of a network, from the shapes of its weights (a dict). ValueError if no size fits."""
-    family, first = ("JiT", "proj1") if "x_embedder.proj1.weight" in weights else ("LightningDiT", "proj")
-    _, channels, _, patch = weights[f"x_embedder.{first}.weight"].shape
+    family = "LightningDiT"
+    embedder = weights.get("x_embedder.proj.weight")
+    if embedder is None:
+        family = "JiT"
+        embedder = weights["x_embedder.proj1.weight"]
+    _, channels, _, patch = embedder.shape
     dim = len(weights["blocks.0.attn.proj.bias"])
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     fits = [size for size, row in SIZES.items()
@@ -456,12 +491,13 @@ def published_config(weights, name=None):
         raise ValueError(f"it is a {family} of depth {depth} and width {dim}, which SIZES does not list")
     table = weights.get("pos_embed", torch.empty(1, 256, dim))      # 16 x 16 tokens, as published
     side = math.isqrt(table.shape[1]) * patch
-    config = dict(
-        model=name or f"{fits[0]}/{patch}", shape=[channels, side, side], loss="v", label_drop=0.1,
-        num_classes=len(weights["y_embedder.embedding_table.weight"]) - 1, t_mean=0.0, t_std=1.0,
-        noise_scale=side / 256 if family == "JiT" else 1.0,
-        qk_norm=family != "JiT" and "blocks.0.attn.q_norm.weight" in weights)
-    return config | PUBLISHED[family]
+    config = PUBLISHED[family] | {"model": name or f"{fits[0]}/{patch}", "shape": [channels, side, side]}
+    config["num_classes"] = len(weights["y_embedder.embedding_table.weight"]) - 1
+    if family == "JiT":
+        config["noise_scale"] = side / 256
+    else:
+        config["qk_norm"] = "blocks.0.attn.q_norm.weight" in weights
+    return config
 
 # ---- What the sizes cost -----------------------------------------------------------------------------------
 
@@ -477,7 +513,9 @@ def main():
     print(f"{'name':20} {'input':>10} {'params':>8}   Gflops (multiply-adds)")
     for name in NAMES:
         size, patch = name.split("/")
-        side = 4 if size.endswith("demo") else 16
+        side = 16
+        if size.endswith("demo"):
+            side = 4
         shape = (32, side, side)
         if size.startswith("JiT"):
             shape = (3, side * int(patch), side * int(patch))

@@ -1,8 +1,8 @@
 """From noise to pictures: guidance, ODE solvers, checkpoints of ours and published ones, drawing.
 
-    python sample.py out/pixel/ckpt.pt                                   a labelled grid next to the checkpoint
-    python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2       chosen classes, guidance scale
-    torchrun --nproc_per_node=8 sample.py ckpt.pt --samples 50000 --out samples.npz     samples for evaluation
+    python sample.py out/pixel/ckpt.pt                              a grid next to the checkpoint
+    python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2  chosen classes, guidance scale
+    torchrun --nproc_per_node=8 sample.py ckpt.pt --n 50000 --out samples.npz       for evaluation
 
     checkpoint = load("assets/fashion.pt")                               the same from Python
     grid(checkpoint.sample("bag", n=8), ["bag"], columns=8).show()
@@ -32,8 +32,9 @@ from objective import KDiff, seeded_normal
 # ---- Guidance and solvers (Alg. 2) -------------------------------------------------------------------------
 
 def guided(kdiff, y, scale, interval):
-    """velocity(z (N,C,H,W), t 0-d) for labels y (N,), guided by `scale` while interval[0] < t < interval[1].
-    An interval that begins at 0 includes t = 0. Outside it, and at scale 1, only the conditional pass runs."""
+    """velocity(z (N,C,H,W), t 0-d) for labels y (N,), guided by `scale` while interval[0] < t <
+    interval[1]. An interval that begins at 0 includes t = 0. Outside it, and at scale 1, only
+    the conditional pass runs."""
     low, high = interval
     both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
 
@@ -67,8 +68,9 @@ def integrate(velocity, z, steps=50, solver="heun", start=0.0):
 
 def fastest_dtype(device):
     """The dtype of autocast: "bfloat16" on GPUs with hardware for it, else "float32"."""
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float32"
 
 def autocast(device, dtype):
     """A context in which matrix products run in bfloat16, if that is the dtype."""
@@ -96,21 +98,17 @@ class Checkpoint(NamedTuple):
     step: int                         # how many it has trained
     ema: str                          # which average of the weights it is, or "none"
 
-    @property
-    def shape(self):
-        """(C, H, W) of the network's x."""
-        return tuple(self.config["shape"])
-
     @torch.no_grad()
     def generate(self, labels, indices, cfg=None, interval=None, steps=50, solver="heun", seed=0,
                  dtype="float32"):
-        """uint8 images (N,3,H,W) of a list of class indices. Image n starts from the noise of (seed,
-        indices[n]). cfg, interval: as in guided(), by default the checkpoint's. steps, solver: as in
-        integrate(). dtype: of autocast."""
+        """uint8 images (N,3,H,W) of a list of class indices. Image n starts from the noise of
+        (seed, indices[n]). cfg, interval: as in guided(), by default the checkpoint's. steps,
+        solver: as in integrate(). dtype: of autocast."""
         device = next(self.kdiff.parameters()).device
-        cfg = self.config["cfg"] if cfg is None else cfg
+        if cfg is None:
+            cfg = self.config["cfg"]
         seeds = [seed_of(seed, "sample", i) for i in indices]
-        z = self.kdiff.noise_scale * seeded_normal(self.shape, seeds, device)
+        z = self.kdiff.noise_scale * seeded_normal(self.config["shape"], seeds, device)
         torch.manual_seed(seeds[0])                   # for a solver that draws noise on its way
         labels = torch.tensor(labels, device=device)
         velocity = guided(self.kdiff, labels, cfg, interval or self.config["interval"])
@@ -120,33 +118,43 @@ class Checkpoint(NamedTuple):
         return self.codec.decode(z)
 
     def sample(self, labels, n=1, batch_size=64, **how):
-        """uint8 images (len(labels) n, 3, H, W), n for each label, all made on this process. labels: a class
-        name, or a list of names or class indices. how: further arguments of generate()."""
-        labels = [labels] if isinstance(labels, str) else labels
-        labels = [self.classes.index(c) if isinstance(c, str) else c for c in labels for _ in range(n)]
+        """uint8 images (len(labels) n, 3, H, W), n for each label, all made on this process. labels:
+        a class name, or a list of names or class indices. how: further arguments of generate()."""
+        if isinstance(labels, str):
+            labels = [labels]
+        chosen = []
+        for label in labels:
+            if isinstance(label, str):
+                label = self.classes.index(label)
+            chosen += [label] * n
         images = []
-        for i in range(0, len(labels), batch_size):
-            part = labels[i:i + batch_size]
+        for i in range(0, len(chosen), batch_size):
+            part = chosen[i:i + batch_size]
             images.append(self.generate(part, range(i, i + len(part)), **how).cpu())
         return torch.cat(images)
 
     def batches(self, labels, batch_size=64, **how):
-        """This process's samples of a list of labels: (uint8 (B,3,H,W), range of indices), as my_batches().
-        All batches are of one size, so that one compiled graph serves them."""
+        """This process's samples of a list of labels: (uint8 (B,3,H,W), range of indices), as
+        my_batches(). All batches are of one size, so that one compiled graph serves them."""
         for indices in my_batches(len(labels), batch_size, "samples"):
             part = [labels[i % len(labels)] for i in indices]
             yield self.generate(part, indices, **how), indices
 
 # What a checkpoint's config needs for sampling.
-SETTINGS = {"model": str, "target": (str, float), "loss": str, "space": str, "shape": list, "num_classes": int,
-            "t_mean": float, "t_std": float, "noise_scale": float, "tau": float, "label_drop": float,
-            "cfg": float, "interval": list}
+SETTINGS = {"model": str, "target": (str, float), "loss": str, "space": str, "shape": list,
+            "num_classes": int, "t_mean": float, "t_std": float, "noise_scale": float, "tau": float,
+            "label_drop": float, "cfg": float, "interval": list}
 
 def build_kdiff(config, k_start=0.5):
-    """The untrained KDiff of a config, a dict with the keys of SETTINGS. UserError for sizes that do not fit."""
+    """The untrained KDiff of a config, a dict with the keys of SETTINGS. UserError for sizes
+    that do not fit."""
     channels, height, width = config["shape"]
-    side = height if height == width else (height, width)
-    change = {"qk_norm": True} if config.get("qk_norm") else {}
+    side = height
+    if height != width:
+        side = height, width                          # for a network that takes it
+    change = {}
+    if config.get("qk_norm"):
+        change["qk_norm"] = True
     if config.get("components"):                      # the codec has cut the patches
         change["patch_size"] = 1
     names = "num_classes t_mean t_std noise_scale tau label_drop loss target".split()
@@ -157,8 +165,9 @@ def build_kdiff(config, k_start=0.5):
         raise UserError(str(error)) from error
 
 def default_average(decays, step):
-    """Which average of the weights to show after so many steps: the longest of those that have forgotten the
-    start, decay^step < 0.01. "none", the weights themselves, if all remember it. decays: texts."""
+    """Which average of the weights to show after so many steps: the longest of those that have
+    forgotten the start, decay^step < 0.01. "none", the weights themselves, if all remember it.
+    decays: texts."""
     forgotten = [decay for decay in decays if float(decay) ** step < 0.01]
     return max(forgotten, key=float, default="none")
 
@@ -182,8 +191,8 @@ def open_codec(state, file=None):
     return Codec(tokenizer, state.get("mean"), state.get("std"))
 
 def read_checkpoint(path, ema=None, model=None):
-    """(the dict in a checkpoint of ours, or a published one in our form; which average; the weights of KDiff).
-    FileError for other files; UserError for an average that it does not contain."""
+    """(the dict in a checkpoint of ours, or a published one in our form; which average; the weights
+    of KDiff). FileError for other files; UserError for an average that it does not contain."""
     file = read_tensors(path)
     published = not {"config", "data", "ema"} <= set(file)
     if published:
@@ -191,15 +200,19 @@ def read_checkpoint(path, ema=None, model=None):
             file = from_published(file, model)
         except (ValueError, KeyError) as error:       # a KeyError names the weight that is missing
             raise FileError(f"{path}: {error}") from error
+    # its settings must be usable
     config, averages = file["config"], file["ema"]
     wrong = [key for key, kind in SETTINGS.items() if not isinstance(config.get(key), kind)]
     require(not wrong, f"{path}: of another version: its {', '.join(wrong)} cannot be used")
     require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
+    # published files are shown by their longest average
     if published:
         longest = [key for key in averages if key.startswith("0.") or "ema" in key]
         ema = ema or (longest or list(averages))[0]
     ema = ema or default_average(averages, file["step"])
-    weights = averages.get(ema, file.get("model") if ema == "none" else None)
+    weights = averages.get(ema)
+    if ema == "none" and not published:
+        weights = file["model"]
     require(weights, f"--ema {ema}: {path} has {', '.join(averages)}")
     return file, ema, weights
 
@@ -209,6 +222,7 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     model        the size of a published network, if the shapes leave it open
     tokenizer    the VA-VAE weights file; stats: latents_stats.pt. Both are for latent networks.
     UserError for files that do not fit, or that need a tokenizer or statistics."""
+    # what the file is, and what of the flags belongs to it
     file, ema, weights = read_checkpoint(path, ema, model)
     config, state = file["config"], file["data"]
     latent = config["space"] == "latent"
@@ -222,6 +236,7 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
             state = state | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
     require(not latent or state.get("mean") is not None,
             f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
+    # the network, the codec
     kdiff = build_kdiff(config)
     tables = {f"net.{key}": value for key, value in kdiff.net.state_dict().items() if key in TABLES}
     with reading(path, f"a {config['model']} whose weights fit"):
@@ -236,11 +251,12 @@ INK, GREY, PAPER = "#1e1e1e #c8c8c8 #ffffff".split()
 COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #787878".split()
 
 def grid(images, names, columns=8):
-    """A picture of uint8 images (N,3,H,W), equally many for each name. Each name begins a row, of up to
-    `columns` images. Small images are enlarged."""
+    """A picture of uint8 images (N,3,H,W), equally many for each name. Each name begins a row,
+    of up to `columns` images. Small images are enlarged."""
     each = len(images) // len(names)
     columns = min(columns, each)
     rows = math.ceil(each / columns)                                    # for each name
+    # sizes in pixels: images of at least about 96, next to a margin for the longest name
     zoom = max(1, 96 // images.shape[2])
     height, width = (zoom * side for side in images.shape[2:])
     font = ImageFont.load_default(14)
@@ -259,37 +275,41 @@ def grid(images, names, columns=8):
     return sheet
 
 def draw_curves(panels, path, x_label="step"):
-    """Write a picture of panels side by side, each {name: (xs, ys)}. The names are the title, in the colours
-    of their curves. Points that are not finite are left out. Of a curve with "dashed" in its name every other stroke is drawn."""
-    W, H, left, right, top, bottom = 560, 380, 64, 20, 40, 46
+    """Write a picture of panels side by side, each {name: (xs, ys)}. The names are the title, in
+    the colours of their curves; a curve with "dashed" in its name is dashed. Points that are not
+    finite are left out."""
+    W, H = 560, 380
     sheet = Image.new("RGB", (W * len(panels), H), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for p, curves in enumerate(panels):
-        points = [[(x, y) for x, y in zip(*curve) if math.isfinite(x + y)] for curve in curves.values()]
-        xs, ys = zip(*sum(points, [(0, 0)]))
-        x0, x1 = min(xs), max(xs) or 1
-        y0, y1 = min(ys), max(ys) * 1.05 or 1
-        if 0.3 < max(ys) <= 1:
-            y1 = 1
+        points = [np.array(curve, dtype=float).T for curve in curves.values()]
+        points = [rows[np.isfinite(rows).all(1)] for rows in points]
+        # both axes contain 0
+        low = np.concatenate([[[0, 0]], *points]).min(0)
+        high = np.concatenate([[[0, 0]], *points]).max(0) * [1, 1.05]
+        high[high == low] = 1
+        if 0.3 < high[1] <= 1.05:                                       # such as k: up to 1
+            high[1] = 1
+        origin, size = np.array([p * W + 64, H - 46]), np.array([W - 84, 86 - H])
 
-        def place(x, y):
-            along = (x - x0) / (x1 - x0) * (W - left - right)
-            up = (y - y0) / (y1 - y0) * (H - top - bottom)
-            return p * W + left + along, H - bottom - up
-        for i in range(6):                                              # five parts of each axis
-            x, y = x0 + i / 5 * (x1 - x0), y0 + i / 5 * (y1 - y0)
-            pen.line([place(x, y0), place(x, y1)], GREY)
-            pen.line([place(x0, y), place(x1, y)], GREY)
-            pen.text(place(x, y0), f"\n{x:,.4g}", INK, font, anchor="ma", spacing=-4)
-            pen.text(place(x0, y), f"{y:.3g}  ", INK, font, anchor="rm")
-        title = p * W + left
-        for name, curve, colour in zip(curves, points, COLOURS):
-            corners = [place(x, y) for x, y in curve]
-            for i in range(0, len(corners) - 1, 2 if "dashed" in name else 1):
+        def place(*point):
+            return tuple(origin + (point - low) / (high - low) * size)
+        for part in range(6):                                           # five parts of each axis
+            x, y = low + part / 5 * (high - low)
+            pen.line([place(x, low[1]), place(x, high[1])], GREY)
+            pen.line([place(low[0], y), place(high[0], y)], GREY)
+            pen.text(place(x, low[1]), f"\n{x:,.4g}", INK, font, anchor="ma", spacing=-4)
+            pen.text(place(low[0], y), f"{y:.3g}  ", INK, font, anchor="rm")
+        # the curves, and their names as a title
+        title = p * W + 64
+        for name, rows, colour in zip(curves, points, COLOURS):
+            corners = [place(*row) for row in rows]
+            stride = 1 + ("dashed" in name)                             # every other stroke
+            for i in range(0, len(corners) - 1, stride):
                 pen.line(corners[i:i + 2], colour, 2)
             pen.text((title, 12), name, colour, font)
             title += font.getlength(f"{name}    ")
-        pen.text((p * W + W - right, H - 8), x_label, INK, font, anchor="rb")
+        pen.text((p * W + W - 20, H - 8), x_label, INK, font, anchor="rb")
     save_picture(sheet, path)
 
 def save_picture(picture, path):
@@ -325,17 +345,18 @@ def append_row(path, row):
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 def choose_classes(text, names):
-    """The indices that a --classes value names: class names or numbers, separated by commas. Numbers are names
-    only if all words are names. A name that contains a comma is put in double quotes."""
-    words = [text] if text in names else next(csv.reader([text]), [])
-    all_names = set(words) <= set(names)
-    chosen = []
+    """The indices that a --classes value names: class names or numbers, separated by commas. Numbers
+    are names only if all words are names. A name that contains a comma is put in double quotes."""
+    words = next(csv.reader([text]), [])
+    if text in names:
+        words = [text]
+    if set(words) <= set(names):
+        return [names.index(word) for word in words]
     for word in words:
-        index = word.isdecimal() and not all_names
-        require(int(word) < len(names) if index else word in names, f"--classes {word}: not a label of this "
-                f"checkpoint, which has 0 to {len(names) - 1} ({', '.join(names[:20])})")
-        chosen.append(int(word) if index else names.index(word))
-    return chosen
+        require(word.isdecimal() and int(word) < len(names),
+                f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1} "
+                f"({', '.join(names[:20])})")
+    return [int(word) for word in words]
 
 # The flags of sample.py and fid.py that say what to draw from a checkpoint, and how.
 SAMPLER = """
@@ -346,7 +367,7 @@ SAMPLER = """
     --steps        count                solver steps (default 50)
     --solver       heun|euler           (default heun)
     --tau          amount               the least Delta (default: the checkpoint's)
-    --ema          text                 an average, or none (default: the longest that has forgotten the start)
+    --ema          text                 an average, or none (default: the longest without the start)
     --seed         integer              of the noise (default 0)
     --model        text                 the size of a published network, if the shapes leave it open
     --tokenizer    text                 VA-VAE weights file, for latent networks
@@ -356,29 +377,36 @@ SAMPLER = """
 """
 FLAGS = SAMPLER + """
     checkpoint     text                 ours or published
-    --out          text                 a picture (.png) or an .npz of samples (default: samples.png next to it)
+    --out          text                 a .png or an .npz of samples (default: samples.png next to it)
 """
 
 def open_sampler(path, args, device, picture=False):
-    """What the flags of SAMPLER say about a checkpoint: (Checkpoint, class indices, how: arguments of
-    generate(), settings: what makes the samples). picture: by default of the first 8 classes."""
+    """What the flags of SAMPLER say about a checkpoint: (Checkpoint, class indices, how: arguments
+    of generate(), settings: what makes the samples). picture: by default of the first 8 classes."""
     checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     config, names = checkpoint.config, checkpoint.classes
     require(checkpoint.codec.can_decode, f"{path}: latents need --tokenizer FILE to become images")
-    classes = list(range(len(names)))[:8 if picture else None]
+    classes = list(range(len(names)))
     if args.classes:
         classes = choose_classes(args.classes, names)
+    elif picture:
+        classes = classes[:8]
     if args.tau is not None:
         checkpoint.kdiff.tau = args.tau
+    # how to sample: the checkpoint's own guidance and the usual solver, unless flags say otherwise
     how = {"cfg": config["cfg"], "interval": config["interval"], "steps": 50, "solver": "heun", "seed": 0,
            "dtype": fastest_dtype(device)}
     how |= {name: getattr(args, name) for name in how if getattr(args, name) is not None}
     check_interval(how["interval"])
-    require(how["cfg"] == 1 or config["label_drop"], f"--cfg {how['cfg']}: {path} was trained with all labels, "
-            "which leaves nothing to guide away from")
-    n = args.n or (8 * len(classes) if picture else 50_000)
-    settings = {"checkpoint": Path(path).name, "step": checkpoint.step, "ema": checkpoint.ema, "n": n,
-                "model": config["model"], "classes": args.classes or "all", "tau": checkpoint.kdiff.tau, **how}
+    require(how["cfg"] == 1 or config["label_drop"], f"--cfg {how['cfg']}: {path} was trained with all "
+            "labels, which leaves nothing to guide away from")
+    # what made the samples, for their file and for the table of fid.py
+    n = args.n or 50_000
+    if picture:
+        n = args.n or 8 * len(classes)
+    settings = {"checkpoint": Path(path).name, "step": checkpoint.step, "ema": checkpoint.ema, "n": n}
+    settings |= {"model": config["model"], "classes": args.classes or "all"}
+    settings |= {"tau": checkpoint.kdiff.tau, **how}
     print0(f"{path}: " + " | ".join(f"{name} {value}" for name, value in settings.items()))
     if device.type == "cuda" and n // WORLD >= 1000:   # for fewer, compiling takes longer than it saves
         compile_network(checkpoint.kdiff.net)
@@ -390,12 +418,15 @@ def check_interval(interval):
             f"--interval {interval}: two times between 0 and 1 are needed, in order")
 
 def write_samples(checkpoint, labels, out, batch_size, how, settings):
-    """Write samples of a list of labels, made by all processes, as an .npz: arr_0 uint8 (N,H,W,3), arr_1 the
-    labels, settings. The first process writes; the others send it theirs."""
-    batches = (gather(images.permute(0, 2, 3, 1).contiguous().cpu())             # (B, H, W, 3)
-               for images, _ in checkpoint.batches(labels, batch_size, **how))
+    """Write samples of a list of labels, made by all processes, as an .npz: arr_0 uint8
+    (N,H,W,3), arr_1 the labels, settings. The first process writes; the others send it theirs."""
+    def gathered():
+        for images, _ in checkpoint.batches(labels, batch_size, **how):
+            yield gather(images.permute(0, 2, 3, 1).contiguous().cpu())          # (B, H, W, 3)
+    batches = gathered()
     if RANK:
         return list(batches)
+    # an .npz is a zip of .npy files. The large one is written batch by batch
     rows = next(batches)
     with new_file(out) as file, zipfile.ZipFile(file, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
@@ -411,7 +442,8 @@ def write_samples(checkpoint, labels, out, batch_size, how, settings):
                 np.save(member, value)
 
 def parse(argv=None):
-    """The command line. argv: a list of words; None: the program's. UserError for flags that do not fit."""
+    """The command line. argv: a list of words; None: the program's. UserError for flags
+    that do not fit."""
     args = new_parser(__doc__, FLAGS).parse_args(argv)
     args.out = Path(args.out or Path(args.checkpoint).with_name("samples.png"))
     require(args.out.suffix in (".png", ".npz"), f"--out {args.out}: a .png or an .npz is needed")

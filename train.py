@@ -23,14 +23,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, UserError,
-                  all_reduce, barrier, batch_indices, exit_now, first_decides, new_file, new_parser, on_signals, open_dataset, open_vavae, own_folder, print0,
-                  read_tensors, reading, require, run, seed_of, setup, some_items)
+from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, UserError, all_reduce, barrier,
+                  batch_indices, exit_now, first_decides, new_file, new_parser, on_signals, open_dataset,
+                  open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of, setup,
+                  some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
 from objective import EXACT, LOSSES, TARGETS, by_eigenvalues, ends, k_of_innovation, target_row
-from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state, compile_network,
-                    default_average, draw_curves, fastest_dtype, grid, open_codec, read_checkpoint, read_log,
-                    read_rows, save_picture, write_rows)
+from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state,
+                    compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
+                    read_checkpoint, read_log, read_rows, save_picture, write_rows)
 
 # Table 4. A row is a flag. The columns are the two spaces; "-" leaves the choice to fill_in().
 TABLE_4 = """
@@ -107,7 +108,7 @@ PRESETS = {"paper": TABLE_4, "demo": TABLE_4 + DEMO, "fashion": TABLE_4 + DEMO +
 FLAGS = f"""
     --space         pixel|latent        the column of Table 4 (default pixel)
     --preset        {"|".join(PRESETS)}     other defaults (default: what fits --data and --image_size)
-    --out           text                folder of checkpoints, log, pictures (default out/SPACE[-DATA][-TARGET])
+    --out           text                the run's folder (default out/SPACE[-DATA][-TARGET])
     --steps         count               optimizer steps in all (default: from --epochs)
     --epochs        amount              passes over the data
     --seed          integer             of weights, order, noise, pictures (default 0)
@@ -115,7 +116,6 @@ FLAGS = f"""
     --dry_run       switch              print what would be done and how long it takes, and stop
 
     --data          text                {", ".join(DATASETS)}, or a path: images, latents, a packed file
-    --data_dir      text                the folder with the files of --data fashion, if they are elsewhere
     --image_size    count               pixels
     --tokenizer     text                for latents: pca (of patches), or VA-VAE weights
     --flip          yes/no              mirror pictures of --data at random (default yes)
@@ -154,21 +154,19 @@ FLAGS = f"""
 """
 
 # What a resumed run must share with its checkpoint. All else may change; changes are printed.
-FIXED = ("model target space loss data_fingerprint shape num_classes batch_size seed flip qk_norm ema t_mean t_std "
-         "noise_scale tau label_drop").split()
+FIXED = ("model target space loss data_fingerprint shape num_classes batch_size seed flip qk_norm ema "
+         "t_mean t_std noise_scale tau label_drop").split()
 
 def train(state, data, args):
-    """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every step.
-    state: a State; data: a Dataset; args needs steps, seed, batch_size, micro_batch, workers, lr, k_lr,
-    warmup_epochs, clip, dtype. The loss is this process's. The norm is not finite if the step was skipped.
-    The caller logs, saves, draws and stops."""
+    """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every
+    step. state: a State; data: a Dataset; args needs steps, seed, batch_size, micro_batch,
+    workers, lr, k_lr, warmup_epochs, clip, dtype. The loss is this process's. The norm is not
+    finite if the step was skipped. The caller logs, saves, draws and stops."""
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")             # renamed in torch 2.13
     device = state.parameters[0].device
     model = state.kdiff
     if WORLD > 1:
-        model = DistributedDataParallel(
-            state.kdiff, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(state.kdiff, broadcast_buffers=False, gradient_as_bucket_view=True)
     warmup = args.warmup_epochs * len(data) / args.batch_size
     share = args.batch_size // WORLD
 
@@ -181,7 +179,9 @@ def train(state, data, args):
         # the learning rate: linear warmup, then constant
         lr = args.lr * min(1.0, (step + 1) / max(warmup, 1))
         for group in state.optimizer.param_groups:
-            group["lr"] = lr if group.get("of_net", True) else lr * args.k_lr
+            group["lr"] = lr
+            if not group.get("of_net", True):
+                group["lr"] = lr * args.k_lr
 
         # forward and backward; gradients add up over micro batches, and over processes at the last one
         loss = 0.0
@@ -189,21 +189,26 @@ def train(state, data, args):
             part = slice(i, i + args.micro_batch)
             x = state.codec.encode(batch[part].to(device, non_blocking=True))            # (N, C, H, W)
             y = labels[part].to(device, non_blocking=True)                               # (N,)
-            more = WORLD > 1 and i + args.micro_batch < share
-            with model.no_sync() if more else nullcontext(), autocast(device, args.dtype):
-                mean = model(x, y, seeds[part]) * (len(x) / share)
-            with model.no_sync() if more else nullcontext():
-                # a loss that is not finite makes every gradient so, and through DDP's sum on every process
+            together = nullcontext()
+            if WORLD > 1 and i + args.micro_batch < share:
+                together = model.no_sync()
+            with together:
+                with autocast(device, args.dtype):
+                    mean = model(x, y, seeds[part]) * (len(x) / share)
+                # a loss that is not finite makes every gradient so, and through DDP's sum
+                # on every process
                 mean.backward(torch.where(mean.isfinite(), 1.0, torch.nan))
             loss = loss + mean.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, args.clip, norm)
 
-        # skip what is not finite, on all processes alike: the only place where a step waits for the device
+        # skip what is not finite, on all processes alike: the only place where a step
+        # waits for the device
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(norm):
-            # update the weights, then their averages, which sample: decay * average + (1 - decay) * weight
+            # update the weights, then their averages, which sample: decay * average + (1
+            # - decay) * weight
             state.optimizer.step()
             for decay, average in state.averages.items():
                 update = get_ema_multi_avg_fn(float(decay))
@@ -216,18 +221,21 @@ def main():
     """Prepare a run as the flags say, print what it is, and train."""
     args = parse()
     device = setup(args.device)
+    # what follows from flags and data, the same on every process
     data = open_data(args)
     codec = make_codec(args, data)
-    for buffer in codec.buffers() if WORLD > 1 else ():    # machines may differ in a component's sign
-        dist.broadcast(buffer, 0)
+    if WORLD > 1:                                          # machines may differ in a component's sign
+        for buffer in codec.buffers():
+            dist.broadcast(buffer, 0)
     config = make_config(args, data, codec, device)
     k_start = foretell(args, config, data, codec)
+    # the network, and what it costs
     torch.manual_seed(args.seed % 2 ** 63)
-    with torch.device("meta" if args.dry_run else "cpu"):                        # a dry run needs no weights
-        kdiff = build_kdiff(config, k_start)
+    kdiff = build_kdiff(config, k_start)
     describe(args, config, kdiff, data)
     if args.dry_run:
-        return estimate(args, config, device)
+        return estimate(args, config, kdiff.to(device))
+    # the run: new, from weights of another, or resumed
     if args.init:
         codec = start_from(args, config, kdiff, codec, data.classes)
     state = State(kdiff.to(device).train(), codec, config, data.classes)
@@ -248,12 +256,13 @@ def run_training(args, state, data):
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
                       "(--steps for more, --out for another run)")
     saved = state.step
+    began = time.perf_counter()
     log = Log(args.out / "log.csv", state, args, data)
     signals = []
     on_signals(lambda number, frame: signals.append(number))
     try:
         for loss, norm, lr in train(state, data, args):
-            stop = max_over_processes(signals[0] if signals else 0)      # all leave after the same step
+            stop = max_over_processes(max(signals, default=0))           # all leave after the same step
             last = state.step == args.steps or stop
             # log
             log.add(loss, norm)
@@ -277,7 +286,8 @@ def run_training(args, state, data):
                     draw(args, state, f"samples-{state.step:07}.png")
                 barrier()                                  # the others' wait does not count as training
                 log.restart()
-    except (FileError, OSError, RuntimeError):             # a damaged image, a lost process, a closed terminal
+    except (FileError, OSError, RuntimeError):
+        # a damaged image, a lost process, a closed terminal: ends that can be foreseen save first
         with suppress(UserError, RuntimeError):
             if state.step > saved and not log.bad_in_a_row:
                 save(path, state)
@@ -285,14 +295,15 @@ def run_training(args, state, data):
     on_signals(signal.SIG_DFL)                             # all is saved: nothing can be lost from here on
     if RANK == 0:
         written = draw(args, state, "samples.png")
-        print0(f"done in {timedelta(seconds=int(time.perf_counter() - log.began))}. Look at {written}; "
+        print0(f"done in {timedelta(seconds=int(time.perf_counter() - began))}. Look at {written}; "
                f"more samples: python sample.py {path}")
 
 # ---- What training changes, and its checkpoints ------------------------------------------------------------
 
 class State:
-    """What a checkpoint contains: a KDiff, its averages (KDiffs too) at the decays of config["ema"], their
-    optimizer, the Codec of the data, the config, the names of the classes, the number of steps taken."""
+    """What a checkpoint contains: a KDiff, its averages (KDiffs too) at the decays of
+    config["ema"], their optimizer, the Codec of the data, the config, the names of the classes,
+    the number of steps taken."""
 
     def __init__(self, kdiff, codec, config, classes):
         self.kdiff = kdiff
@@ -301,16 +312,21 @@ class State:
         self.classes = classes
         self.step = 0
         self.skipped = 0
-        self.averages = {str(decay): copy.deepcopy(kdiff).eval().requires_grad_(False) for decay in config["ema"]}
-        trained = [(name, p) for name, p in kdiff.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in trained]
-        groups = [{"of_net": True, "params": [p for name, p in trained if name.startswith("net.")]},
-                  {"of_net": False, "params": [p for name, p in trained if not name.startswith("net.")]}]
-        groups = [group for group in groups if group["params"]]
+        self.averages = {}
+        for decay in config["ema"]:
+            self.averages[str(decay)] = copy.deepcopy(kdiff).eval().requires_grad_(False)
+        self.parameters = [p for p in kdiff.parameters() if p.requires_grad]
+        of_net = set(kdiff.net.parameters())
+        groups = []
+        for chosen in (True, False):                       # w, and what a fork adds, have their own rate
+            params = [p for p in self.parameters if (p in of_net) == chosen]
+            if params:
+                groups.append({"of_net": chosen, "params": params})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def save(path, state):
     """Write a checkpoint, whole or not at all. UserError if a number in it is not finite."""
+    # every process looks, so that all of them stop
     weights = state.kdiff.state_dict()
     averages = {decay: average.state_dict() for decay, average in state.averages.items()}
     for numbers in (weights, *averages.values(), *state.optimizer.state.values()):
@@ -319,8 +335,8 @@ def save(path, state):
                 "try a lower --lr")
     if RANK == 0:
         data = codec_state(state.codec, state.config.get("tokenizer")) | {"classes": state.classes}
-        checkpoint = {"step": state.step, "skipped": state.skipped, "model": weights, "ema": averages,
-                      "data": data, "optimizer": state.optimizer.state_dict(), "config": state.config}
+        checkpoint = {"model": weights, "ema": averages, "optimizer": state.optimizer.state_dict()}
+        checkpoint |= {"step": state.step, "skipped": state.skipped, "data": data, "config": state.config}
         with new_file(path) as file:
             try:
                 torch.save(checkpoint, file)
@@ -333,10 +349,12 @@ def resume(args, state):
     if not path.exists():
         return
     file = read_tensors(path, mmap=state.parameters[0].is_cuda)          # many processes share one copy
+    # what must be the same, then what may change and is told
     before, config = file.get("config", {}), state.config
     for key in FIXED:
-        require(before.get(key) == config[key], f"--out {args.out} contains a run with {key} {before.get(key)}, "
-                f"not {config[key]}: name another --out, or remove it (--init {path} starts from its weights)")
+        require(before.get(key) == config[key],
+                f"--out {args.out} contains a run with {key} {before.get(key)}, not {config[key]}: "
+                f"name another --out, or remove it (--init {path} starts from its weights)")
     for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "k_of_theory"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
@@ -351,12 +369,14 @@ def resume(args, state):
     print0(f"resuming from {path} at step {state.step:,}")
 
 def start_from(args, config, kdiff, codec, classes):
-    """Load the weights of --init, ours or published, and return the codec that belongs to them. Not the w of
-    another target, nor the labels of other classes. Fixed tables are computed for this run's sizes."""
+    """Load the weights of --init, ours or published, and return the codec that belongs to them.
+    Not the w of another target, nor the labels of other classes. Fixed tables are computed for
+    this run's sizes."""
     file, _, weights = read_checkpoint(args.init)
     source, state = file["config"], file["data"]
     name = f"--init {args.init}"
     require(source["model"] == args.model, f"{name} contains a {source['model']}, not a {args.model}")
+    # what of the weights does not fit this run is left out, and told
     left_out = [f"net.{table}" for table in TABLES]
     if source["target"] != args.target:
         left_out.append("w")
@@ -367,6 +387,7 @@ def start_from(args, config, kdiff, codec, classes):
     if known not in (classes, [str(i) for i in range(len(classes))]):    # published files have numbers
         left_out.append("net.y_embedder.embedding_table.weight")
         print0(f"{name} has {len(known)} classes, which are not these {len(classes)}: labels start again")
+    # weights belong to the statistics that they were trained with
     if state.get("mean") is not None or state.get("pca"):
         codec = open_codec(state, vavae_file(args))
         print0(f"{name} brings its statistics of the data: they are kept")
@@ -377,15 +398,18 @@ def start_from(args, config, kdiff, codec, classes):
 
 def vavae_file(args):
     """The VA-VAE that --tokenizer names, if any."""
-    return None if args.tokenizer == "pca" else args.tokenizer
+    if args.tokenizer != "pca":
+        return args.tokenizer
 
 # ---- Settings: a flag, else the preset's value -------------------------------------------------------------
 
 def parse(argv=None):
     """The command line after its preset. argv: a list of words; None: the program's."""
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     parser = new_parser(__doc__, FLAGS)
     parser.set_defaults(space="pixel", data="shapes", flip=True)
+    # the first reading tells the space and the preset, whose flags come before yours in the second
     typed = parser.parse_args(argv)
     preset = typed.preset or choose_preset(typed)
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
@@ -398,37 +422,49 @@ def parse(argv=None):
 
 def choose_preset(args):
     """The preset that fits the data and the size."""
+    # built in: a preset of the same name, if there is one
     if args.data in DATASETS:
-        return args.data if args.data in PRESETS else "demo"
+        if args.data in PRESETS:
+            return args.data
+        return "demo"
+    # a path, with the sizes of the paper
     if args.model or args.image_size in (None, 256, 512):
         return "paper"
-    return "small" if args.image_size >= 64 else "laptop"
+    # your own pictures, large or small
+    if args.image_size >= 64:
+        return "small"
+    return "laptop"
 
 def preset_flags(preset, space):
     """The flags of a preset, as words, from the column of a space."""
+    column = {"latent": slice(20, 44), "pixel": slice(44, None)}[space]
     words = []
     for row in PRESETS[preset].splitlines():
-        cell = row[44:] if space == "pixel" else row[20:44]
-        if "--" in row and cell.strip() != "-":
-            words += [row[:20].strip(), *cell.split()]
+        name, values = row[:20].split(), row[column].split()
+        if name and values != ["-"]:
+            words += name + values
     return words
 
 def fill_in(args):
     """Set what follows from other flags. UserError for what cannot work."""
     latent = args.space == "latent"
-    for name, useful in (("tokenizer", latent), ("qk_norm", latent), ("data_dir", args.data == "fashion")):
-        require(useful or not getattr(args, name), f"--{name} has no effect on these data in {args.space} space")
+    require(latent or not args.tokenizer, "--tokenizer has no effect in pixel space")
     if not args.model:
         args.model = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
         require(args.model, f"--image_size {args.image_size} has no network in Table 4: "
                 "try --preset small, or name one, such as --model JiT-B/16")
-    if args.model in SIZES:                                # a preset's, for pictures of any size: 8 x 8 patches
+    if args.model in SIZES:                                # a preset's: 8 x 8 patches at any image size
         patch = math.ceil(args.image_size / 8)
-        require(args.image_size == 8 * patch, f"--image_size {args.image_size} is no multiple of 8: try {8 * patch}, "
-                f"or name a patch that divides it, such as --model {args.model}/1")
+        require(args.image_size == 8 * patch,
+                f"--image_size {args.image_size} is no multiple of 8: try {8 * patch}, or name a patch that "
+                f"divides it, such as --model {args.model}/1")
         args.model += f"/{patch}"
+    require(not (args.qk_norm and args.model.startswith("JiT")),
+            "--qk_norm has no effect on JiT, which has it always")
     at_0, at_1 = ends(args.target)                         # 0 if Delta vanishes there
-    fill(args, noise_scale=args.image_size / 256, tau=0.0 if at_0 and at_1 else 0.05)
+    if at_0 and at_1:
+        fill(args, tau=0.0)
+    fill(args, tau=0.05, noise_scale=args.image_size / 256)
     require(args.k_start == "data" or re.fullmatch(r"0?\.\d+", args.k_start),
             f"--k_start {args.k_start}: a number between 0 and 1, or data")
     check_interval(args.interval)
@@ -444,41 +480,54 @@ def fill(args, **values):
 
 def open_data(args):
     """The dataset that --data names. UserError if it does not fit the other flags."""
-    data = open_dataset(args.data, args.image_size, args.data_dir)
+    data = open_dataset(args.data, args.image_size)
     data.flips = data.flips and args.flip
     data.seed = args.seed
     latents = data.mean is not None
     _, height, width = data[0][0].shape
-    size = height * VAVAE.factor if latents else height
+    size = height
+    if latents:
+        size = height * VAVAE.factor
     require(size == args.image_size, f"--data {args.data}: its items need --image_size {size}")
-    require(args.space == "latent" or not latents, f"--data {args.data} contains latents: pass --space latent")
+    require(args.space == "latent" or not latents,
+            f"--data {args.data} contains latents: pass --space latent")
     require(latents or args.space == "pixel" or args.tokenizer == "pca",
-            f"--data {args.data} contains images: pass --tokenizer pca, or run `python data.py encode {args.data} "
-            f"--tokenizer FILE --image_size {args.image_size} --out latents` and pass --data latents")
+            f"--data {args.data} contains images: pass --tokenizer pca, or run "
+            f"`python data.py encode {args.data} --tokenizer FILE --image_size {args.image_size} "
+            "--out latents` and pass --data latents")
     return data
 
 def make_codec(args, data):
-    """The Codec between the dataset and the network's x. The latents of images are principal components."""
+    """The Codec between the dataset and the network's x. The latents of images are
+    principal components."""
+    # latents in files, which bring their statistics
     if data.mean is not None:
-        file = vavae_file(args)
-        codec = Codec(open_vavae(file) if file else None, data.mean, data.std)
-        require(not file or data.shape[0] == VAVAE.channels,
-                f"--data {args.data}: latents of {data.shape[0]} channels, --tokenizer has {VAVAE.channels}")
+        file, vavae = vavae_file(args), None
+        if file:
+            vavae = open_vavae(file)
+            require(data.shape[0] == VAVAE.channels,
+                    f"--data {args.data}: {data.shape[0]} channels, --tokenizer has {VAVAE.channels}")
+        codec = Codec(vavae, data.mean, data.std)
         std = codec.encode(some_items(data, 64)).std().item()
         require(0.5 < std < 2, f"--data {args.data}: std {std:.2f}, not about 1: statistics of other latents")
         return codec
+    # pixels as they are, unless the target has one k for each component
     components = target_row(args.target)[0] == "C"
     if args.space == "pixel" and not components:
         return Codec()
-    patch = args.model.rpartition("/")[2] if args.space == "pixel" else "8"
-    patch = int(patch) if patch.isdecimal() else 0
-    require(patch and args.image_size % patch == 0,
+    # principal components of patches, fitted to what training sees: mirrored, too
+    patch = "8"
+    if args.space == "pixel":
+        patch = args.model.rpartition("/")[2]
+    require(patch.isdecimal() and args.image_size % max(int(patch), 1) == 0,
             f"--model {args.model}: a patch that divides --image_size {args.image_size} is needed")
+    patch = int(patch)
     images = Codec().encode(some_items(data))
     if data.flips:
         images = torch.cat([images, images.flip(-1)])
     if args.space == "pixel":              # all components, orthonormal: noise stays white, nothing is lost
         return Codec(PatchPCA.fit(images, patch, 3 * patch ** 2))
+    # a latent is the strongest components, each scaled to variance 1
     pca = PatchPCA.fit(images, patch, 16)
     std, mean = torch.std_mean(pca.encode(images), (0, 2, 3), keepdim=True)
     kept = int((std > 0.01).sum())         # the others are the rounding of pixels to 256 levels
@@ -488,30 +537,38 @@ def make_codec(args, data):
     return Codec(PatchPCA(pca.mean, pca.basis[:, :kept]), mean[:, :kept], std[:, :kept])
 
 def make_config(args, data, codec, device):
-    """Fill in what depends on data and machine. Returns the config: all that made a run, as plain values."""
+    """Fill in what depends on data and machine. Returns the config: all that made a run, as
+    plain values."""
     share = args.batch_size // WORLD
     require(args.batch_size % WORLD == 0, f"--batch_size {args.batch_size} does not divide over {WORLD} "
             f"processes: try {max(share, 1) * WORLD}")
+    # the largest micro batch that divides the share of a process
     most = min(share, args.micro_batch or 128)
     fits = next(m for m in range(most, 0, -1) if share % m == 0)
-    require(args.micro_batch in (None, fits), f"--micro_batch {args.micro_batch} of {share} images: try {fits}")
-    demo = args.preset not in ("paper", "small")
-    cuda = device.type == "cuda"
-    fill(args, micro_batch=fits, steps=max(1, round(args.epochs * len(data) / args.batch_size)),
-         workers=0 if demo else min(8, CORES), dtype=fastest_dtype(device), compile=cuda and not demo,
-         samples=64 if demo or cuda else 8)
+    require(args.micro_batch in (None, fits),
+            f"--micro_batch {args.micro_batch} of {share} images: try {fits}")
+    # a run of minutes is too short for loading processes and a compiler to pay off
+    if args.preset not in ("paper", "small"):
+        fill(args, workers=0, compile=False, samples=64)
+    elif device.type == "cuda":
+        fill(args, compile=True, samples=64)
+    fill(args, workers=min(8, CORES), compile=False, samples=8)
+    fill(args, micro_batch=fits, dtype=fastest_dtype(device),
+         steps=max(1, round(args.epochs * len(data) / args.batch_size)))
+    # what the run must remember beside its flags
     shape = codec.encode(data[0][0][None])[0].shape
-    config = vars(args) | {
-        "shape": list(shape), "num_classes": len(data.classes), "processes": WORLD,
-        "components": args.space == "pixel" and codec.tokenizer is not None,
-        "data_fingerprint": data.fingerprint()}
+    config = vars(args) | {"shape": list(shape), "num_classes": len(data.classes), "processes": WORLD}
+    config["components"] = args.space == "pixel" and codec.tokenizer is not None
+    config["data_fingerprint"] = data.fingerprint()
     if not args.guided and (len(data.classes) == 1 or args.label_drop == 0):
         config["cfg"] = 1.0                                # there is nothing to guide away from
+    # where it writes: not among the pictures that it reads
     args.out = Path(args.out or free_folder(args, config["data_fingerprint"]))
     config["out"] = str(args.out)
     inside = Path(args.data).resolve() in args.out.resolve().parents
-    require(not (inside and Path(args.data).is_dir()), f"--out {args.out} is inside --data {args.data}, so that "
-            "its pictures would be trained on: name a folder elsewhere")
+    require(not (inside and Path(args.data).is_dir()),
+            f"--out {args.out} is inside --data {args.data}, so that its pictures would be trained on: "
+            "name a folder elsewhere")
     return config
 
 def free_folder(args, fingerprint):
@@ -520,6 +577,7 @@ def free_folder(args, fingerprint):
     name = "-".join(word for word in words if word not in ("shapes", "k"))
     for ending in ("", *(f"-{number}" for number in range(2, 1000))):
         path = Path("out", name + ending, "ckpt.pt")
+        # the fingerprint of the data of the run that is there; False where there is none
         known = path.exists() and read_tensors(path, mmap=True).get("config", {}).get("data_fingerprint")
         if not first_decides(known not in (False, fingerprint)):
             return path.parent
@@ -527,27 +585,33 @@ def free_folder(args, fingerprint):
 
 def foretell(args, config, data, codec):
     """Print the k that the spectrum of the data foretells. Returns where k starts, as --k_start says."""
+    shape = config["shape"]
     each = target_row(args.target)[0] == "C"
-    numbers = math.prod(config["shape"])
-    few = 4096 if numbers <= EXACT else max(64, 2 ** 26 // numbers)       # pictures; that many fit in memory
-    k = torch.zeros(config["shape"][0] if each else 1)
+    k = torch.zeros(shape[0] if each else 1)
     if RANK == 0:
-        x = codec.encode(some_items(data, few))
-        way = "eigenvalues" if by_eigenvalues(x) else "the power spectrum"
+        n = EXACT
+        if math.prod(shape) > EXACT:
+            n = max(64, 2 ** 26 // math.prod(shape))       # as many as fit in memory
+        x = codec.encode(some_items(data, n))
         try:
-            k = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale, not each)
-            name = min((1, "x"), (0.5, "v"), (0, "eps"), key=lambda fixed: abs(fixed[0] - k.mean()))[1]
-            spread = f" ({k.min():.3f} to {k.max():.3f})" if each else ""
-            print0(f"theory    k {k.mean():.3f}{spread} by {way} of {len(x):,} pictures; of fixed targets {name} "
-                   "is nearest")
+            k = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale, together=not each)
         except ValueError as error:
             print0(f"theory    none: {error}")
+        else:
+            way = "eigenvalues" if by_eigenvalues(x) else "the power spectrum"
+            nearest = ("eps", "v", "x")[round(2 * k.mean().item())]
+            print0(f"theory    k {k.mean():.3f} by {way} of {len(x):,} pictures; of fixed targets {nearest} "
+                   "is nearest")
+            if each:
+                print0(f"theory    k of the channels from {k.min():.3f} to {k.max():.3f}")
     all_reduce(k)
     config["k_of_theory"] = k.mean().item()
     if args.k_start != "data":
         return float(args.k_start)
     require(k.min() > 0, f"--k_start data: --data {args.data} foretells no k")
-    return k.view(-1, 1, 1) if each else k[0]
+    if each:
+        return k.view(-1, 1, 1)
+    return k[0]
 
 def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to."""
@@ -563,22 +627,25 @@ def describe(args, config, kdiff, data):
            f"which has forgotten the start; guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
-def estimate(args, config, device):
+def estimate(args, config, kdiff):
     """Print how long the run would take here, from forward and backward passes of a few images."""
-    kdiff = build_kdiff(config).to(device)
+    parameter = next(kdiff.net.parameters())
+    device = parameter.device
+    # few images, for about a second; the cost of a pass is proportional to them
     cost = 6 * gmacs(kdiff.net, config["shape"])           # billions of operations an image
     n = min(args.micro_batch, max(1, int(50 / cost)))
     x = torch.randn(n, *config["shape"], device=device)
-    cores = Cores(device)
+    cores = watch_cores()
     end = time.perf_counter() + 6                          # time enough to give up a busy core
     while time.perf_counter() < end:
         start = time.perf_counter()
         with autocast(device, args.dtype):
             loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
         loss.backward()
-        next(kdiff.net.parameters()).grad.sum().item()     # waits for the device
+        parameter.grad.sum().item()                        # waits for the device
         seconds = (time.perf_counter() - start) / n * args.batch_size / WORLD
-        cores.look()
+        if device.type == "cpu":
+            next(cores)
     print0(f"time      {seconds:.3g} s a step here (a share of {n} images timed, not compiled), "
            f"{timedelta(seconds=int(seconds * args.steps))} in all, without loading and pictures")
 
@@ -589,7 +656,7 @@ def batches(data, args, start, device):
     steps = batch_indices(len(data), args.batch_size, args.seed, start, args.steps, RANK, WORLD)
     return torch.utils.data.DataLoader(
         data, batch_sampler=steps, num_workers=args.workers, pin_memory=device.type == "cuda",
-        prefetch_factor=4 if args.workers else None, worker_init_fn=ignore_signals)
+        worker_init_fn=ignore_signals)
 
 def ignore_signals(worker):
     """A loading process ends with its parent, not with the signal that asks the parent to save first."""
@@ -599,29 +666,18 @@ def max_over_processes(number):
     """The largest of the processes' numbers, on all of them. Compared on the CPU."""
     return all_reduce(torch.tensor(number), dist.ReduceOp.MAX).item()
 
-class Cores:
-    """Watches how much of a CPU other programs leave. Threads spin while they wait for each other: with less
-    than 0.7 of their cores, one thread less is faster."""
-
-    def __init__(self, device):
-        self.on_cpu = device.type == "cpu"
-        self.restart()
-
-    def restart(self):
-        """Count from here."""
-        self.wall = time.perf_counter()
-        self.used = time.process_time()
-
-    def look(self):
-        """Give up a thread if the last two seconds or more say so."""
-        wall = time.perf_counter() - self.wall
-        if wall > 2:
-            cores = (time.process_time() - self.used) / wall
-            threads = torch.get_num_threads()
-            self.restart()
-            if self.on_cpu and threads > 1 and cores < 0.7 * threads:
-                torch.set_num_threads(threads - 1)
-                print0(f"other programs left {cores:.1f} of {threads} cores: one thread less from now")
+def watch_cores():
+    """Call next() after each step on the CPU. Threads spin while they wait for each other: if other
+    programs leave them less than 0.7 of their cores, one thread less is faster, and is given up."""
+    while True:
+        began, used = time.perf_counter(), time.process_time()
+        while time.perf_counter() - began < 2:
+            yield
+        cores = (time.process_time() - used) / (time.perf_counter() - began)
+        threads = torch.get_num_threads()
+        if threads > 1 and cores < 0.7 * threads:
+            torch.set_num_threads(threads - 1)
+            print0(f"other programs left {cores:.1f} of {threads} cores: one thread less from now")
 
 class Log:
     """Lines on the screen and in log.csv. A resumed run first drops the rows that it will write again."""
@@ -631,13 +687,13 @@ class Log:
         self.state = state
         self.args = args
         self.per_epoch = len(data) / args.batch_size
-        self.cores = Cores(state.parameters[0].device)
-        self.began = time.perf_counter()
         self.bad_in_a_row = 0
         self.good = []
         self.restart()
         if RANK == 0:
-            rows = read_rows(path) if state.step and path.exists() else []
+            rows = []
+            if state.step and path.exists():
+                rows = read_rows(path)
             with reading(path, "a log that can be continued"):
                 rows = [row for row in rows if int(row["step"]) <= state.step]
             columns = ["step", "epoch", "loss", *state.kdiff.ks(), "lr", "grad", "img_per_s", "skipped"]
@@ -647,11 +703,12 @@ class Log:
         """Count time and steps from here."""
         self.written = self.state.step
         self.since = time.perf_counter()
-        self.cores.restart()
+        self.cores = watch_cores()
 
     def add(self, loss, norm):
         """Note a step. Its norm is not finite if it was skipped."""
-        self.cores.look()
+        if not self.state.parameters[0].is_cuda:
+            next(self.cores)
         if math.isfinite(norm):
             self.bad_in_a_row = 0
             self.good.append((loss, norm))
@@ -661,42 +718,49 @@ class Log:
 
     def write(self, lr):
         """The mean of the steps since the last line, over all processes."""
-        state, args, now = self.state, self.args, time.perf_counter()
+        state, args = self.state, self.args
+        # the means over the steps that were not skipped
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
         loss, grad = all_reduce(means).tolist()            # of equally many steps on each process
-        speed = (state.step - self.written) * args.batch_size / (now - self.since)
-        left = (args.steps - state.step) * args.batch_size / speed
-        ks = {name: k.item() for name, k in state.kdiff.ks().items()}
-        row = dict(step=state.step, epoch=state.step / self.per_epoch, loss=loss, **ks, lr=lr, grad=grad,
-                   img_per_s=speed, skipped=state.skipped)
-        shown = " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
-        skipped = f" | skipped {state.skipped}" if state.skipped else ""
-        print0(f"step {state.step:,}/{args.steps:,} | epoch {row['epoch']:.1f} | loss {loss:.4f} | {shown} | lr "
-               f"{lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {timedelta(seconds=int(left))}{skipped}")
-        if RANK == 0:
-            append_row(self.path, {name: f"{value:.10g}" for name, value in row.items()})
         self.good = []
+        speed = (state.step - self.written) * args.batch_size / (time.perf_counter() - self.since)
         self.written = state.step
-        self.since = now
+        self.since = time.perf_counter()
+        left = timedelta(seconds=int((args.steps - state.step) * args.batch_size / speed))
+        epoch = state.step / self.per_epoch
+        # a line on the screen; its columns for k are those that the target has
+        ks = {name: k.item() for name, k in state.kdiff.ks().items()}
+        shown = " | ".join(f"{name} {k:.3f}" for name, k in ks.items())
+        line = (f"step {state.step:,}/{args.steps:,} | epoch {epoch:.1f} | loss {loss:.4f} | {shown} "
+                f"| lr {lr:.1e} | grad {grad:.2f} | {speed:,.0f} img/s | eta {left}")
+        if state.skipped:
+            line += f" | skipped {state.skipped}"
+        print0(line)
+        if RANK == 0:
+            row = {"step": state.step, "epoch": epoch, "loss": loss, **ks, "lr": lr, "grad": grad}
+            row |= {"img_per_s": speed, "skipped": state.skipped}
+            append_row(self.path, {name: f"{value:.10g}" for name, value in row.items()})
 
 def draw(args, state, name):
     """Draw samples of the default average, and curves of the log. Returns the paths, as a text."""
-    written = [args.out / name, args.out / "curves.png"]
+    written = f"{args.out / 'curves.png'}"
     if args.samples and state.codec.can_decode:
+        # a row for each of the first eight classes
         rows = min(8, len(state.classes), args.samples)
-        each = math.ceil(args.samples / rows)
         average = default_average(state.averages, state.step)
         kdiff = state.averages.get(average, state.kdiff).eval()
         checkpoint = Checkpoint(kdiff, state.codec, state.config, state.classes, state.step, average)
-        images = checkpoint.sample(range(rows), each, steps=25, dtype=args.dtype)
+        images = checkpoint.sample(range(rows), math.ceil(args.samples / rows), steps=25, dtype=args.dtype)
         state.kdiff.train()
-        save_picture(grid(images, state.classes[:rows]), written[0])
-    panels = [{name: read_log(args.out, name) for name in names} for names in (["loss"], state.kdiff.ks())]
+        save_picture(grid(images, state.classes[:rows]), args.out / name)
+        written = f"{args.out / name}, {written}"
+    # k next to what the data have foretold
+    ks = {name: read_log(args.out, name) for name in state.kdiff.ks()}
     theory = state.config.get("k_of_theory")
-    if theory:
-        panels[1]["theory, dashed"] = [i / 40 * state.step for i in range(41)], [theory] * 41
-    draw_curves(panels, written[1])
-    return ", ".join(str(path) for path in written if path.exists())
+    if theory:                                             # many points, for every other stroke is drawn
+        ks["theory, dashed"] = torch.linspace(0, state.step, 41).tolist(), [theory] * 41
+    draw_curves([{"loss": read_log(args.out, "loss")}, ks], args.out / "curves.png")
+    return written
 
 if __name__ == "__main__":
     run(main)

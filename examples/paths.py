@@ -20,7 +20,7 @@ def main(out, *paths, n=8, steps=50):
         checkpoint = load(path)
         kdiff, config = checkpoint.kdiff, checkpoint.config
         y = torch.arange(n) % len(checkpoint.classes)
-        z = kdiff.noise_scale * seeded_normal(checkpoint.shape, [seed_of(0, "sample", i) for i in range(n)], "cpu")
+        z = kdiff.noise_scale * seeded_normal(config["shape"], [seed_of(0, "sample", i) for i in range(n)], "cpu")
         velocity = guided(kdiff, y, config["cfg"], config["interval"])
         states = [z, *integrate(velocity, z, steps, "euler")]
         ways.append([checkpoint.codec.decode(z) for z in states])

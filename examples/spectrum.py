@@ -13,7 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import open_dataset, some_items
-from objective import k_of_direction, k_of_innovation, logit_normal
+from losses import logit_normal
+from objective import k_of_direction, k_of_innovation
 from sample import draw_curves, load, write_rows
 
 def main(path):
