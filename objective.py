@@ -59,11 +59,16 @@ def target_row(target):
         raise ValueError(f"target {target!r} is unknown: {', '.join(TARGETS)} or a number in [0, 1]")
     return None, lambda w, t: blend(k)
 
+def clamped_delta(c, d, t, tau):
+    """Delta = b c - a d, but at least tau. Training and sampling share this one clamp (Table 4)."""
+    a, b, _, _ = path(t)
+    return (b * c - a * d).clamp(min=tau)
+
 def error_scale(loss, c, d, t, tau):
     """The factor from the error u^ - u to the error in v, u, x or eps (Eqs. 21-26), shaped
     like t, c, d."""
     a, b, da, db = path(t)
-    delta = (b * c - a * d).clamp(min=tau)        # the one clamp: training and sampling share it (Table 4)
+    delta = clamped_delta(c, d, t, tau)
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -124,9 +129,9 @@ class KDiff(nn.Module):
         """The velocity v^ (N,C,H,W) that the prediction u^ implies at z (N,C,H,W) and times t (N,)."""
         c, d = self.coefficients(t)
         t = t.view(-1, 1, 1, 1)
-        _, _, da, db = path(t)
-        scale = error_scale("v", c, d, t, self.tau)
-        return scale * (u.to(z.dtype) - (da * d - db * c) * z)                    # on this path (c + d) z
+        a, b, da, db = path(t)
+        v = (da * b - db * a) * u.to(z.dtype) + (db * c - da * d) * z             # on this path u - (c + d) z
+        return v / clamped_delta(c, d, t, self.tau)
 
     def loss(self, x, y, t, e):
         """The loss, a scalar. Data x (N,C,H,W), labels y (N,), times t (N,), noise e, already scaled."""

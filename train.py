@@ -623,8 +623,9 @@ def describe(args, config, kdiff, data):
     print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
            f"{gmacs(kdiff.net, config['shape']):.2f} billion multiply-adds an image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
-    print0(f"pictures  of the average {default_average(map(str, args.ema), args.steps)} of the weights, "
-           f"which has forgotten the start; guidance {config['cfg']}")
+    average = default_average(map(str, args.ema), args.steps)
+    print0(f"pictures  of the average {average} of the weights (the longest that has forgotten the start, or "
+           f"none); guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
 def estimate(args, config, kdiff):
