@@ -13,7 +13,8 @@ from sample import grid, load, save_picture
 
 def nearest(images, data):
     """For each uint8 image (N, 3, H, W) the item of a dataset whose pixels are nearest: (N, 3, H, W)."""
-    distance, found = torch.full((len(images),), torch.inf), images.clone()
+    distance = torch.full((len(images),), torch.inf)
+    found = images.clone()
     for indices in in_batches(range(len(data)), 512):
         batch, _ = read_items(data, indices)
         d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
@@ -26,9 +27,13 @@ def main(path, source, out, each=4):
     checkpoint = load(path)
     names = checkpoint.classes[:10]
     images = checkpoint.sample(names, int(each))
-    data = open_dataset(source, images.shape[2])
-    rows = torch.stack([images.unflatten(0, (len(names), -1)), nearest(images, data).unflatten(0, (len(names), -1))], 1)
-    save_picture(grid(rows.flatten(0, 2), [word for name in names for word in (name, "nearest")]), out)
+    found = nearest(images, open_dataset(source, images.shape[2]))
+    pictures, labels = [], []
+    for i, name in enumerate(names):
+        part = slice(i * int(each), (i + 1) * int(each))
+        pictures += [images[part], found[part]]
+        labels += [name, "nearest"]
+    save_picture(grid(torch.cat(pictures), labels), out)
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
