@@ -405,7 +405,7 @@ def check_spectrum():
 
 def check_blind_spot():
     """The theorem of k_of_innovation on a random covariance."""
-    print("\nThe blind-spot theorem (k_of_innovation): v-loss, any covariance. Networks come close to it\n")
+    print("\nThe blind-spot theorem (k_of_innovation): v-loss, data of any covariance\n")
     root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     x = torch.cat([root, -root]) * math.sqrt(11 / 2)               # 12 points of covariance root^T root
     show("descent", train_blind(root.T @ root), 4)

@@ -17,7 +17,7 @@ def main(column, out, *paths):
             path = path / "log.csv"
         rows = sorted(read_rows(path), key=lambda row: int(row["step"]))
         steps = [float(row["step"]) for row in rows]
-        curves[f"{column} {path.parent.name}"] = steps, [float(row[column]) for row in rows]
+        curves[f"{column} {path.parent}"] = steps, [float(row[column]) for row in rows]
     draw_curves([curves], out)
 
 if __name__ == "__main__":

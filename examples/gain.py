@@ -1,12 +1,9 @@
-"""Why networks obey the blind-spot theorem of k_of_innovation, or do not: what they do with a channel's own value.
+"""Do networks use a channel's own value? Their gains du_i/dz_i, which the blind-spot theorem takes for 0.
 
-    python examples/gain.py                      # trains five networks in out/gain, 25 minutes on one core
-    python examples/gain.py gain.png out/gain 1000
+    python examples/gain.py                      # trains three networks in out/gain: half an hour on one core
+    python examples/gain.py gain.png out/gain "JiT-demo/8 JiT-open/8"
 
-A network's gain in a channel is du_i/dz_i, the derivative of an output by the input of the same number, in the
-mean over pictures. The theorem holds for gain 0. Printed next to it: the gain of the best linear network, and
-the one that Tweedie's formula asks of any network whose error is the measured one. The channels are all
-principal components of patches of shapes; the networks differ in how many of them fit through the bottleneck.
+Channels are components of patches of shapes. Networks differ in how many of them their bottleneck lets pass.
 """
 import sys
 from pathlib import Path
@@ -17,51 +14,57 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
 from data import open_dataset, read_items
 from model import SIZES
-from objective import innovation, k_of_innovation
-from sample import draw_curves, load, read_log
+from objective import innovation, k_of_innovation, show
+from sample import draw_curves, load
 
-SIZES["JiT-wide-open"] = SIZES["JiT-wide"] | {"bottleneck": 192}
-SIZES["JiT-demo-tight"] = SIZES["JiT-demo"] | {"bottleneck": 16}
-# a patch of 8 has 192 values, a patch of 4 has 48
-NETWORKS = "JiT-demo/8 JiT-wide/8 JiT-wide-open/8 JiT-demo-tight/4 JiT-demo/4".split()
+SIZES["JiT-open"] = SIZES["JiT-wide"] | {"bottleneck": 192}            # as many as values in a patch
+NAMES = "JiT-wide/8 JiT-open/8 JiT-demo/4"
 
-def trained(name, out, steps):
-    """A network with a k for each channel after the demo's training, from `out` if it is there."""
-    flags = f"--target channel --model {name} --steps {steps} --samples 0 --log_every 100 --out"
-    sys.argv[1:] = [*flags.split(), str(out)]
-    train.main()
-    return load(out / "ckpt.pt", ema="none")
+def measure(kdiff, x, y, t):
+    """Mean gain and mean square error of x (N, C, h, w) in each channel: two (C,)."""
+    torch.manual_seed(0)
+    C, side = x.shape[1:3]
+    channel, times = torch.arange(C), torch.full((C,), t)
+    gains, errors = [], []
+    for images, labels in zip(x.split(C), y.split(C)):                 # image i of C is asked about channel i
+        z = t * images + (1 - t) * torch.randn_like(images)
+        u = kdiff.net(z.requires_grad_(), times, labels)
+        place = channel, channel, *torch.randint(side, (2, C))
+        slope, = torch.autograd.grad(u[place].sum(), z)
+        gains.append(slope[place])
+        off = z + (1 - t) * kdiff.velocity(u, z, times) - images
+        errors.append(off.detach().square().mean((0, 2, 3)))
+    return sum(gains) / len(gains), sum(errors) / len(errors)
 
-def measure(net, z, y, t, x, k):
-    """Gain and mean square error of the x implied by u, each (C,), for noisy pictures z (N, C, h, w) at time t."""
-    z.requires_grad_()
-    u = net(z, torch.full((len(z),), t), y)
-    n, (row, column) = torch.arange(len(z)), torch.randint(z.shape[2], (2, len(z)))     # one place a picture
-    gain = []
-    for c in range(z.shape[1]):
-        slope, = torch.autograd.grad(u[n, c, row, column].sum(), z, retain_graph=True)
-        gain.append(slope[n, c, row, column].mean())
-    # u = k x - (1-k) e and z = t x + (1-t) e
-    implied = ((1 - t) * u + (1 - k) * z) / (k * (1 - t) + (1 - k) * t)
-    return torch.stack(gain), (implied - x).detach().square().mean((0, 2, 3))
+def best_gain(k, error, t):
+    """Of u = k x - (1-k) e. The best prediction of x has by Tweedie's formula the slope t error / (1-t)^2."""
+    slope = t * error / (1 - t) ** 2
+    return ((k + t - 2 * k * t) * slope - (1 - k)) / (1 - t)
 
-def main(out="assets/gain.png", folder="out/gain", steps=1000, n=128, times=(0.15, 0.3, 0.6), networks=NETWORKS):
-    """Print a row for each network and time. Draw the gains of the second and third network."""
-    panels = {}
-    for name in networks:
+def main(out="assets/gain.png", folder="out/gain", names=NAMES, steps=1000, n=3072, times=(0.15, 0.6, 0.3)):
+    """Print a row for each network and time. Draw the first two at the last time."""
+    images, y = read_items(data := open_dataset("shapes", 32), range(len(data)))
+    panels = []
+    for name in names.split():
         run = Path(folder, name.replace("/", "-"))
-        checkpoint = trained(name, run, int(steps))
-        images, y = read_items(data := open_dataset("shapes", 32), range(len(data)))
-        x, kdiff = checkpoint.codec.encode(images), checkpoint.kdiff
-        k = torch.sigmoid(kdiff.w).flatten()
-        theory = k_of_innovation(x, kdiff.t_mean, kdiff.t_std)
-        print(f"\n{name}, bottleneck {SIZES[name.split('/')[0]]['bottleneck']} of {len(k)} values | loss "
-              f"{sum(read_log(run, 'loss')[1]):.4f} | mean distance of k {(k - theory).abs().mean():.4f}")
+        sys.argv[1:] = f"--target channel --model {name} --steps {steps} --samples 0 --out {run}".split()
+        train.main()
+        kdiff, codec, *_ = load(run / "ckpt.pt", ema="none")
+        x, k = codec.encode(images), torch.sigmoid(kdiff.w).flatten()
+        off = k - k_of_innovation(x, kdiff.t_mean, kdiff.t_std)
+        print(f"{name}: k is {off.abs().mean():.4f} off the formula, in the mean {off.mean():+.4f}")
         for t in times:
-            torch.manual_seed(0)
-            z = t * x[:n] + (1 - t) * torch.randn(x[:n].shape)
-            gain, error = measure(kdiff.net, z, y[:n], t, x[:n], kdiff.w.sigmoid())
-            print(t, gain[:5], error[:5])
+            noise = torch.tensor([1 / t - 1]) ** 2                     # its variance in z / t
+            r = innovation(x, noise)[0].float()
+            gain, error = measure(kdiff, x[:n], y[:n], t)
+            gains = {name: gain, "best": best_gain(k, error, t)}
+            gains["linear"] = best_gain(k, r * noise / (r + noise), t)
+            print(f"t = {t}: mean size of the gain in four quarters of the channels, correlation with row 1")
+            for title, row in gains.items():
+                correlation = torch.stack([gain, row]).corrcoef()[0, 1]
+                show(title, [*row.abs().view(4, -1).mean(1), correlation], 4)
+        panels.append({title: (range(len(k))[:61], row[:61]) for title, row in gains.items()})
+    draw_curves(panels[:2], out, "channel")
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

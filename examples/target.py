@@ -1,4 +1,4 @@
-"""The target without a formula: one picture, its noise, and what the network is asked for as k slides.
+"""The target without a formula: an image, its noise, and what the network is asked for as k slides.
 
     python examples/target.py assets/target.png
 """
@@ -10,25 +10,48 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import Codec, Shapes
-from sample import INK, PAPER
+from objective import blend
+from sample import COLOURS, INK, PAPER, save_picture
 
-def main(out, item=13, size=96, t=0.5):
-    """Draw x, e, z = t x + (1-t) e, and u = k x - (1-k) e for k from 0 to 1."""
+SIDE, TOP = 96, 56                    # of an image, and the text above it, in pixels
+TARGETS = {0: "noise", 0.25: "", 0.5: "velocity", 0.75: "", 1: "image"}
+
+def main(out, item=13, t=0.5):
+    """On the left x, e and z = t x + (1-t) e. On the right u = k x - (1-k) e for five k."""
     torch.manual_seed(0)
     x = Codec().encode(Shapes(item + 1, 32)[item][0][None])
-    e = 0.5 * torch.randn_like(x)                                       # half as loud, so that eyes see through
-    pictures = {"picture x": x, "noise e": e, "input z": t * x + (1 - t) * e}
-    for k, name in ((0, "k = 0: noise"), (0.25, "k = 1/4"), (0.5, "k = 1/2: velocity"), (0.75, "k = 3/4"),
-                    (1, "k = 1: picture")):
-        pictures[name] = (k * x - (1 - k) * e) / max(k, 1 - k)          # scaled to the picture's range
-    cell = size + 44
-    sheet = Image.new("RGB", (len(pictures) * cell + 8, size + 36), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, (name, picture) in enumerate(pictures.items()):
-        image = Image.fromarray(Codec().decode(picture)[0].permute(1, 2, 0).numpy())
-        sheet.paste(image.resize((size, size), Image.NEAREST), (i * cell + 26, 28))
-        pen.text((i * cell + 26 + size // 2, 14), name, INK, font, anchor="mm")
-    sheet.save(out)
+    e = 0.5 * torch.randn_like(x)                                       # half as loud: eyes see through
+    z = t * x + (1 - t) * e
+    sheet = Image.new("RGB", (900, TOP + SIDE + 48), PAPER)
+    pen = ImageDraw.Draw(sheet)
+
+    def write(text, middle, y, size=15):
+        pen.text((middle, y), text, INK, ImageFont.load_default(size), anchor="mm")
+
+    def paste(tensor, middle, name):
+        image = Image.fromarray(Codec().decode(tensor)[0].permute(1, 2, 0).numpy())
+        sheet.paste(image.resize((SIDE, SIDE), Image.NEAREST), (middle - SIDE // 2, TOP))
+        write(name, middle, TOP - 12)
+
+    # what goes in
+    write("What the network sees is z", 174, 16, 18)
+    paste(x, 56, "image x")
+    write("+", 115, TOP + SIDE // 2, 20)
+    paste(e, 174, "noise e")
+    write("=", 233, TOP + SIDE // 2, 20)
+    paste(z, 292, "z, half of each")
+
+    # what shall come out, above a slider
+    write("What it is asked for, as k slides", 636, 16, 18)
+    slider = TOP + SIDE + 14
+    pen.line([(428, slider), (844, slider)], COLOURS[0], 3)
+    for k, name in TARGETS.items():
+        middle = 428 + round(416 * k)
+        c, d = blend(k)
+        paste((c * x + d * e) / max(c, -d), middle, name)               # scaled to the range of an image
+        pen.circle((middle, slider), 6, COLOURS[0])
+        write(f"k = {k}", middle, slider + 20)
+    save_picture(sheet, out)
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
