@@ -6,7 +6,7 @@ N images, C channels, H, W their size in pixels, h, w their size in latents.
 
     python data.py pack photos --image_size 256 --out photos.safetensors              decode and crop once
     python data.py encode photos --tokenizer vavae.pt --image_size 256 --out latents  write VA-VAE latents
-Both also run under torchrun.
+encode also runs under torchrun.
 """
 import argparse
 import functools
@@ -344,7 +344,10 @@ def read_tensors(path, mmap=False):
                 tensors[name] = tensors[name].view(torch.bfloat16)
         return tensors
     with reading(path, "a file of plain tensors"), torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap) | {}
+        file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(file, dict):
+            raise ValueError(f"it is a {type(file).__name__}")
+        return file
 
 def open_vavae(path):
     """The VA-VAE in a published file. FileError if it is another file."""
@@ -433,11 +436,17 @@ def batch_indices(n, batch_size, seed, start, stop, rank=0, world=1):
         positions = (divmod(p, n) for p in range(first, first + share))
         yield [(epoch, int(permutation(epoch)[i])) for epoch, i in positions]
 
+def keep_outside(out, source):
+    """UserError if out is in the folder of the data, where the next reading would take it for data."""
+    folder, path = Path(source).resolve(), Path(out).resolve()
+    require(not folder.is_dir() or folder not in (path, *path.parents),
+            f"--out {out} is inside {source}, whose pictures are read: name a place elsewhere")
+
 def read_items(data, indices):
     """Items of a dataset, read by threads: a tensor (n, ...) and a tensor of labels (n,)."""
     with ThreadPoolExecutor(CORES) as pool:
         tensors, labels = zip(*pool.map(data.__getitem__, indices))
-    return torch.stack(tensors), torch.tensor(labels)
+    return torch.stack(tensors), torch.stack([torch.as_tensor(label) for label in labels])
 
 def some_items(data, n=4096):
     """Up to n items as one tensor (n, ...), fewer if they are large. Drawn from all data,
@@ -520,6 +529,7 @@ def pack(source, image_size, out):
     memory-mapped."""
     data = ImageFolder(source, image_size)
     n = len(data)
+    keep_outside(out, source)
     with new_file(out) as file:
         positions = begin_safetensors(
             file, data.classes, images=("U8", (n, 3, image_size, image_size)), labels=("I64", (n,)))
@@ -538,6 +548,7 @@ def encode(source, tokenizer, image_size, out, batch_size=32):
     out, factor = Path(out), tokenizer.factor
     require(image_size % factor == 0, f"--image_size {image_size} is no multiple of the tokenizer's {factor}")
     require(data.mean is None, f"{source}: these are latents already")
+    keep_outside(out, source)
     require(len(data) >= WORLD, f"{source}: {len(data)} images for {WORLD} processes: use fewer")
     require(not any(out.glob("*.safetensors")), f"--out {out} contains latents: name another folder")
     barrier()                                                      # all have looked before the first writes
@@ -577,24 +588,26 @@ FLAGS = """
 
 def parse(argv=None):
     """The command line of `pack` and `encode`. argv: a list of words; None: the program's."""
-    parser = new_parser(__doc__, FLAGS)
-    parser.set_defaults(image_size=256, batch_size=32, dtype="float32")
-    args = parser.parse_args(argv)
-    packs = args.command == "pack"
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
     require(args.out, "--out says where to write")
-    require(packs or args.tokenizer, "encode needs --tokenizer: a VA-VAE weights file")
-    require(not (packs and args.tokenizer), "--tokenizer has no effect on pack")
-    require(not (packs and Path(args.out).is_dir()), f"--out {args.out}: a folder; name a file")
+    if args.command == "pack":
+        for name in ("tokenizer", "batch_size", "dtype", "device"):
+            require(getattr(args, name) is None, f"--{name} has no effect on pack")
+        require(not Path(args.out).is_dir(), f"--out {args.out}: a folder; name a file")
+    else:
+        require(args.tokenizer, "encode needs --tokenizer: a VA-VAE weights file")
+    args.image_size = args.image_size or 256
     return args
 
 def main():
     """`python data.py pack` and `python data.py encode`."""
     args = parse()
     if args.command == "pack":
+        require(WORLD == 1, "pack runs on one process")
         return pack(args.source, args.image_size, args.out)
     device = setup(args.device)
-    tokenizer = open_vavae(args.tokenizer).to(device, getattr(torch, args.dtype))
-    encode(args.source, tokenizer, args.image_size, args.out, args.batch_size)
+    tokenizer = open_vavae(args.tokenizer).to(device, getattr(torch, args.dtype or "float32"))
+    encode(args.source, tokenizer, args.image_size, args.out, args.batch_size or 32)
 
 # ---- Processes: torchrun's, and the device of each ---------------------------------------------------------
 
@@ -612,11 +625,13 @@ def setup(device=None):
     try:
         device = torch.device(name)
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("torch sees no GPU")
             if device.index is None:
                 device = torch.device("cuda", LOCAL_RANK)
             torch.cuda.set_device(device)             # first: else each process would also occupy GPU 0
             torch.set_float32_matmul_precision("high")
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except Exception as error:                        # torch raises many kinds
         raise UserError(f"--device {name} is not usable here: {in_short(error)}") from error
     if WORLD > 1 and not dist.is_initialized():
@@ -720,7 +735,7 @@ def at_least(low, kind=float):
     def convert(text):
         value = kind(text)
         if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: a number of at least {low} is needed")
+            raise argparse.ArgumentTypeError(f"{text}: a finite number of at least {low} is needed")
         return value
     return convert
 

@@ -501,11 +501,11 @@ def published_config(weights, name=None):
 
 # ---- What the sizes cost -----------------------------------------------------------------------------------
 
-def gmacs(net, shape):
+def gmacs(net, shape, label_shape=()):
     """Billions of multiply-adds in one forward of one input of this shape (C, H, W)."""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter, torch.no_grad(), next(net.parameters()).device:
-        net(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        net(torch.zeros(1, *shape), torch.zeros(1), torch.zeros(1, *label_shape, dtype=torch.long))
     return counter.get_total_flops() / 2e9
 
 def main():

@@ -198,18 +198,30 @@ def read_checkpoint(path, ema=None, model=None):
     if published:
         try:
             file = from_published(file, model)
-        except (ValueError, KeyError) as error:       # a KeyError names the weight that is missing
+        except ValueError as error:
             raise FileError(f"{path}: {error}") from error
+        except KeyError as error:
+            raise FileError(f"{path}: it lacks the weight {error}") from error
     # its settings must be usable
     config, averages = file["config"], file["ema"]
-    wrong = [key for key, kind in SETTINGS.items() if not isinstance(config.get(key), kind)]
-    require(not wrong, f"{path}: of another version: its {', '.join(wrong)} cannot be used")
+    with reading(path, "a checkpoint of this version"):
+        wrong = [key for key, kind in SETTINGS.items() if not isinstance(config.get(key), kind)]
+        if wrong:
+            raise ValueError(f"its {', '.join(wrong)} cannot be used")
+        low, high = config["interval"]
+        names = [name for name in file["data"]["classes"] if isinstance(name, str)]
+        if not (len(names) == config["num_classes"] and low < high and min(config["shape"]) > 0):
+            raise ValueError("its classes, interval or shape cannot be used")
+        _, _, _ = config["shape"]
+        default = default_average(averages, file["step"])
     require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
     # published files are shown by their longest average
     if published:
         longest = [key for key in averages if key.startswith("0.") or "ema" in key]
         ema = ema or (longest or list(averages))[0]
-    ema = ema or default_average(averages, file["step"])
+        if not any("pos_embed" in key for key in averages[ema]):
+            print0(f"{path}: it has no pos_embed; taken for 16 x 16 patches")
+    ema = ema or default
     weights = averages.get(ema)
     if ema == "none" and not published:
         weights = file["model"]
@@ -402,8 +414,8 @@ def open_sampler(path, args, device, picture=False):
             "labels, which leaves nothing to guide away from")
     # what made the samples, for their file and for the table of fid.py
     n = args.n or 50_000
-    if picture:
-        n = args.n or 8 * len(classes)
+    if picture:                                       # equally many of each
+        n = len(classes) * math.ceil((args.n or 8 * len(classes)) / len(classes))
     settings = {"checkpoint": Path(path).name, "step": checkpoint.step, "ema": checkpoint.ema, "n": n}
     settings |= {"model": config["model"], "classes": args.classes or "all"}
     settings |= {"tau": checkpoint.kdiff.tau, **how}
@@ -462,7 +474,7 @@ def main():
         settings["class_names"] = checkpoint.classes
         write_samples(checkpoint, labels, args.out, args.batch_size or 64, how, settings)
     elif RANK == 0:
-        images = checkpoint.sample(classes, math.ceil(n / len(classes)), args.batch_size or 64, **how)
+        images = checkpoint.sample(classes, n // len(classes), args.batch_size or 64, **how)
         save_picture(grid(images, names), args.out)
     print0(f"wrote {args.out}")
 

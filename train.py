@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, UserError, all_reduce, barrier,
-                  batch_indices, exit_now, first_decides, new_file, new_parser, on_signals, open_dataset,
-                  open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of, setup,
+                  batch_indices, exit_now, first_decides, keep_outside, new_file, new_parser, on_signals,
+                  open_dataset, open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of, setup,
                   some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
 from objective import EXACT, LOSSES, TARGETS, by_eigenvalues, ends, k_of_innovation, target_row
@@ -228,7 +228,9 @@ def main():
         for buffer in codec.buffers():
             dist.broadcast(buffer, 0)
     config = make_config(args, data, codec, device)
-    k_start = foretell(args, config, data, codec)
+    k_start = 0.5
+    if args.dry_run or not first_decides((args.out / "ckpt.pt").exists()):       # a resumed run knows its k
+        k_start = foretell(args, config, data, codec)
     # the network, and what it costs
     torch.manual_seed(args.seed % 2 ** 63)
     kdiff = build_kdiff(config, k_start)
@@ -350,12 +352,14 @@ def resume(args, state):
         return
     file = read_tensors(path, mmap=state.parameters[0].is_cuda)          # many processes share one copy
     # what must be the same, then what may change and is told
-    before, config = file.get("config", {}), state.config
+    before, config = file.get("config"), state.config
+    require(isinstance(before, dict), f"{path}: no checkpoint of a run; name another --out or remove it")
     for key in FIXED:
         require(before.get(key) == config[key],
                 f"--out {args.out} contains a run with {key} {before.get(key)}, not {config[key]}: "
                 f"name another --out, or remove it (--init {path} starts from its weights)")
-    for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "k_of_theory"}):
+    config["k_of_theory"] = before.get("k_of_theory")
+    for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "label_shape"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
     with reading(path, "a checkpoint of this version", "; name another --out or remove it"):
@@ -378,13 +382,18 @@ def start_from(args, config, kdiff, codec, classes):
     require(source["model"] == args.model, f"{name} contains a {source['model']}, not a {args.model}")
     # what of the weights does not fit this run is left out, and told
     left_out = [f"net.{table}" for table in TABLES]
+    require(bool(source.get("components")) == config["components"],
+            f"{name} has other channels: of principal components and pixels this run has the others")
     if source["target"] != args.target:
         left_out.append("w")
         print0(f"{name} predicts {source['target']}, this run {args.target}: it will have to adapt")
     if source["shape"] != config["shape"]:
         print0(f"{name} is for x of {source['shape']}, this run for {config['shape']}: positions are new")
     known = state["classes"]
-    if known not in (classes, [str(i) for i in range(len(classes))]):    # published files have numbers
+    same = known == classes
+    if "data_fingerprint" not in source:                   # a published file has numbers, not names
+        same = len(known) == len(classes)
+    if not same:
         left_out.append("net.y_embedder.embedding_table.weight")
         print0(f"{name} has {len(known)} classes, which are not these {len(classes)}: labels start again")
     # weights belong to the statistics that they were trained with
@@ -415,8 +424,13 @@ def parse(argv=None):
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
     args.preset = preset
     args.guided = typed.cfg is not None
-    require(target_row(args.target)[0] is not None or not typed.k_start,
-            f"--k_start has no effect on --target {args.target}")
+    # flags without effect are refused; of steps and epochs, yours comes before the preset's
+    for name in ("k_start", "k_lr"):
+        require(target_row(args.target)[0] is not None or getattr(typed, name) is None,
+                f"--{name} has no effect on --target {args.target}, where nothing is learned")
+    require(typed.steps is None or typed.epochs is None, "--epochs has no effect next to --steps")
+    if typed.epochs is not None:
+        args.steps = None
     fill_in(args)
     return args
 
@@ -465,11 +479,16 @@ def fill_in(args):
     if at_0 and at_1:
         fill(args, tau=0.0)
     fill(args, tau=0.05, noise_scale=args.image_size / 256)
-    require(args.k_start == "data" or re.fullmatch(r"0?\.\d+", args.k_start),
+    require(args.k_start == "data" or re.fullmatch(r"0?\.\d*[1-9]\d*", args.k_start),
             f"--k_start {args.k_start}: a number between 0 and 1, or data")
     check_interval(args.interval)
     require(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays are between 0 and 1")
     require(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
+    require(0 < args.label_drop < 1 or not args.guided or args.cfg == 1,
+            f"--cfg {args.cfg} has no effect with --label_drop {args.label_drop}: guidance needs both, "
+            "labels and none")
+    require(args.noise_scale and args.t_std, "--noise_scale and --t_std must be above 0")
+    require(not args.init or Path(args.init).is_file(), f"--init {args.init}: no such file")
     require(args.tau or at_0, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
 
 def fill(args, **values):
@@ -516,6 +535,7 @@ def make_codec(args, data):
     if args.space == "pixel" and not components:
         return Codec()
     # principal components of patches, fitted to what training sees: mirrored, too
+    require(data[0][0].shape[0] == 3, f"--data {args.data}: principal components need RGB pictures")
     patch = "8"
     if args.space == "pixel":
         patch = args.model.rpartition("/")[2]
@@ -560,28 +580,30 @@ def make_config(args, data, codec, device):
     config = vars(args) | {"shape": list(shape), "num_classes": len(data.classes), "processes": WORLD}
     config["components"] = args.space == "pixel" and codec.tokenizer is not None
     config["data_fingerprint"] = data.fingerprint()
-    if not args.guided and (len(data.classes) == 1 or args.label_drop == 0):
+    config["label_shape"] = list(torch.as_tensor(data[0][1]).shape)      # longer for captions
+    if not args.guided and (len(data.classes) == 1 or args.label_drop in (0, 1)):
         config["cfg"] = 1.0                                # there is nothing to guide away from
     # where it writes: not among the pictures that it reads
     args.out = Path(args.out or free_folder(args, config["data_fingerprint"]))
     config["out"] = str(args.out)
-    inside = Path(args.data).resolve() in args.out.resolve().parents
-    require(not (inside and Path(args.data).is_dir()),
-            f"--out {args.out} is inside --data {args.data}, so that its pictures would be trained on: "
-            "name a folder elsewhere")
+    keep_outside(args.out, args.data)
     return config
 
 def free_folder(args, fingerprint):
     """The default of --out: a name made of space, data and target that no run on other data has."""
     words = [args.space, Path(args.data).resolve().stem, args.target]
     name = "-".join(word for word in words if word not in ("shapes", "k"))
-    for ending in ("", *(f"-{number}" for number in range(2, 1000))):
-        path = Path("out", name + ending, "ckpt.pt")
-        # the fingerprint of the data of the run that is there; False where there is none
-        known = path.exists() and read_tensors(path, mmap=True).get("config", {}).get("data_fingerprint")
-        if not first_decides(known not in (False, fingerprint)):
-            return path.parent
+    number, path = 1, Path("out", name, "ckpt.pt")
+    while first_decides(path.exists() and fingerprint_of(path) != fingerprint):
         print0(f"{path.parent} contains a run on other data; --init {path} would start from its weights")
+        number += 1
+        path = Path("out", f"{name}-{number}", "ckpt.pt")
+    return path.parent
+
+def fingerprint_of(path):
+    """That of the data of a run, from its checkpoint. None if the file is damaged, or something else."""
+    with suppress(UserError, KeyError, TypeError):
+        return read_tensors(path, mmap=True)["config"]["data_fingerprint"]
 
 def foretell(args, config, data, codec):
     """Print the k that the spectrum of the data foretells. Returns where k starts, as --k_start says."""
@@ -617,11 +639,12 @@ def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to."""
     params = sum(p.numel() for p in kdiff.net.parameters())
     per_epoch = len(data) / args.batch_size
-    hidden = "out steps epochs dry_run guided k_of_theory".split()
+    hidden = "out steps epochs dry_run guided k_of_theory label_shape".split()
     settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
     print0("settings  " + "  ".join(settings))
-    print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, "
-           f"{gmacs(kdiff.net, config['shape']):.2f} billion multiply-adds an image and forward")
+    cost = gmacs(kdiff.net, config["shape"], config["label_shape"])
+    print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, {cost:.2f} billion multiply-adds an image "
+           "and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
     print0(f"pictures  of the average {average} of the weights (the longest that has forgotten the start, or "
@@ -633,7 +656,7 @@ def estimate(args, config, kdiff):
     parameter = next(kdiff.net.parameters())
     device = parameter.device
     # few images, for about a second; the cost of a pass is proportional to them
-    cost = 6 * gmacs(kdiff.net, config["shape"])           # billions of operations an image
+    cost = 6 * gmacs(kdiff.net, config["shape"], config["label_shape"])  # billions of operations an image
     n = min(args.micro_batch, max(1, int(50 / cost)))
     x = torch.randn(n, *config["shape"], device=device)
     cores = watch_cores()
@@ -641,14 +664,14 @@ def estimate(args, config, kdiff):
     while time.perf_counter() < end:
         start = time.perf_counter()
         with autocast(device, args.dtype):
-            loss = kdiff(x, torch.zeros(n, dtype=torch.long, device=device))
+            loss = kdiff(x, torch.zeros(n, *config["label_shape"], dtype=torch.long, device=device))
         loss.backward()
         parameter.grad.sum().item()                        # waits for the device
         seconds = (time.perf_counter() - start) / n * args.batch_size / WORLD
         if device.type == "cpu":
             next(cores)
     print0(f"time      {seconds:.3g} s a step here (a share of {n} images timed, not compiled), "
-           f"{timedelta(seconds=int(seconds * args.steps))} in all, without loading and pictures")
+           f"{seconds * args.steps / 3600:.3g} hours in all, without loading and pictures")
 
 # ---- Around the loop ---------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import run
 from sample import draw_curves, read_rows
 
 def main(column, out, *paths):
@@ -21,4 +22,4 @@ def main(column, out, *paths):
     draw_curves([curves], out)
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import new_file, read_tensors
+from data import new_file, read_tensors, run
 from sample import default_average
 
 def main(path, out, ema=None):
@@ -21,4 +21,4 @@ def main(path, out, ema=None):
         torch.save(small | {"ema": {ema: checkpoint["ema"][ema]}}, file)
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

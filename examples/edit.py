@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import run
 from sample import choose_classes, grid, guided, integrate, load, save_picture
 
 @torch.no_grad()
@@ -48,4 +49,4 @@ def main(path, label, out, n=8):
     save_picture(grid(pictures, list(rows)), out)
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

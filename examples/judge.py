@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import open_dataset, read_items
+from data import open_dataset, read_items, run
 
 def train_judge(images, labels, steps=1500, batch=128):
     """A convolutional network that names the class of uint8 images (N, 3, 32, 32)."""
@@ -47,4 +47,4 @@ def main(source, *files, steps=1500, held_out=2000):
             print(f"{path}: {100 * right(net, samples, torch.from_numpy(file['arr_1'])):.1f}% right")
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import in_batches, open_dataset, read_items
+from data import in_batches, open_dataset, read_items, run
 from sample import grid, load, save_picture
 
 def nearest(images, data):
@@ -36,4 +36,4 @@ def main(path, source, out, each=4):
     save_picture(grid(torch.cat(pictures), labels), out)
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

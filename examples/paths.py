@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import new_file, seed_of
+from data import new_file, run, seed_of
 from objective import seeded_normal
 from sample import INK, PAPER, guided, integrate, load, save_picture
 
@@ -64,4 +64,4 @@ def main(out, *paths, steps=18):
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import open_dataset, some_items
+from data import open_dataset, run, some_items
 from losses import logit_normal
 from objective import k_of_direction, k_of_innovation
 from sample import draw_curves, load, write_rows
@@ -50,4 +50,4 @@ def main(path):
         print(f"mean distance of k from {name}: {(table['k'] - table[name]).abs().mean():.4f}")
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(lambda: main(*sys.argv[1:]))
