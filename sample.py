@@ -210,7 +210,7 @@ def read_checkpoint(path, ema=None, model=None):
             raise ValueError(f"its {', '.join(wrong)} cannot be used")
         low, high = config["interval"]
         names = [name for name in file["data"]["classes"] if isinstance(name, str)]
-        if not (len(names) == config["num_classes"] and low < high and min(config["shape"]) > 0):
+        if not (len(names) == config["num_classes"] and high - low > 0 and min(config["shape"]) > 0):
             raise ValueError("its classes, interval or shape cannot be used")
         _, _, _ = config["shape"]
         default = default_average(averages, file["step"])

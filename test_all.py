@@ -1963,5 +1963,74 @@ def test_every_command_of_the_documents_is_understood(tmp_path, monkeypatch, doc
         assert {name for name, *_ in commands} >= {"train.py", "test_all.py", *scripts}
         assert "<!-- main command -->\n```bash" in text and "<!-- test command -->\n```bash" in text
 
+def test_velocity_is_right_on_any_path(monkeypatch):
+    """On the README's cosine path, too, where a'b - b'a is not 1: the true u gives the true dz/dt."""
+    q = math.pi / 2
+    monkeypatch.setattr(objective, "path", lambda t: (
+        torch.sin(q * t), torch.cos(q * t), q * torch.cos(q * t), -q * torch.sin(q * t)))
+    x, e = torch.randn(2, 4, 3, 2, 2).double()
+    a, b, da, db = objective.path(TIMES)
+    for target, k in (("x", 1), ("v", 0.5), ("eps", 0), ("0.3", 0.3)):
+        kdiff = KDiff(None, target, num_classes=1, tau=0.0)
+        c, d = kdiff.coefficients(TIMES.flatten())
+        assert_close(kdiff.velocity(c * x + d * e, a * x + b * e, TIMES.flatten()), da * x + db * e)
+
+def python_of(document):
+    """The code blocks of a document that are Python."""
+    return re.findall("```python\n(.*?)```", (HERE / document).read_text(), re.S)
+
+def test_five_lines_of_the_readme_are_the_loss():
+    """They give KDiff's loss and the same gradient in w, where the clamp is not reached."""
+    x, e = torch.randn(2, 4, 3, 2, 2).double()
+    kdiff = KDiff(lambda z, t, y: 0.3 * z, num_classes=1, k_start=0.7).double()
+    names = {"torch": torch, "w": kdiff.w, "x": x, "e": e, "t": TIMES, "y": None, "net": kdiff.net}
+    exec(python_of("README.md")[0], names)
+    loss = kdiff.loss(x, None, TIMES.flatten(), e)
+    assert_close(names["loss"], loss)
+    assert_close(torch.autograd.grad(names["loss"], kdiff.w), torch.autograd.grad(loss, kdiff.w))
+
+def test_python_of_the_readme_trains_and_samples(tmp_path, monkeypatch):
+    """In few steps, with a checkpoint that loads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(HERE / "assets")
+    monkeypatch.setattr(Image.Image, "show", lambda image: image.save("shown.png"))
+    exec(python_of("README.md")[1].replace('"200"', '"2"'), {})
+    assert load("mine.pt").step == 2 and Path("shown.png").exists()
+
+class Words(nn.Module):
+    """A network whose label is a caption."""
+    in_channels = 3
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary + 1, 3)
+
+    def forward(self, z, t, y):
+        return z + self.words(y).mean(1)[:, :, None, None]
+
+def test_captions_train(call, monkeypatch, tmp_path):
+    """The README's recipe for conditions: labels (L,), a vocabulary for classes, a network that reads both."""
+    dataset = Shapes(8, 16)
+    dataset.item = lambda i: (dataset.draw(i), torch.tensor([i, 0, 7]))
+    monkeypatch.setitem(data.DATASETS, "captions", lambda image_size: dataset)
+    monkeypatch.setattr(sample, "build", lambda name, side, num_classes, channels: Words(num_classes))
+    call("train.py --data captions --image_size 16 --model Words --batch_size 4 --samples 0 --steps 1 --out", tmp_path)
+    assert read_tensors(tmp_path / "ckpt.pt")["config"]["label_shape"] == [3]
+
+@mark.parametrize("where, value", [
+    (("config",), "text"), (("config", "num_classes"), -3), (("config", "shape"), [3]),
+    (("config", "interval"), ["a", "b"]), (("data", "classes"), [1, 2]), (("data",), 3), (("step",), "x"),
+    (("ema",), ["a"])])
+def test_edited_checkpoints_get_one_line(two, tmp_path, where, value):
+    """Whatever an editor has made of one entry."""
+    file = read_tensors(two / "two/ckpt.pt")
+    inner = file
+    for key in where[:-1]:
+        inner = inner[key]
+    inner[where[-1]] = value
+    torch.save(file, tmp_path / "edited.pt")
+    with raises(UserError, match="edited.pt"):
+        load(tmp_path / "edited.pt")
+
 if __name__ == "__main__":                                        # one of the processes of the fixture `two`
     data.run(lambda: work_of_two(sys.argv[1]))
