@@ -2009,12 +2009,13 @@ class Words(nn.Module):
         return z + self.words(y).mean(1)[:, :, None, None]
 
 def test_captions_train(call, monkeypatch, tmp_path):
-    """The README's recipe for conditions: labels (L,), a vocabulary for classes, a network that reads both."""
+    """The README's recipe for conditions: labels (L,), a vocabulary for classes, a network for both."""
     dataset = Shapes(8, 16)
     dataset.item = lambda i: (dataset.draw(i), torch.tensor([i, 0, 7]))
     monkeypatch.setitem(data.DATASETS, "captions", lambda image_size: dataset)
     monkeypatch.setattr(sample, "build", lambda name, side, num_classes, channels: Words(num_classes))
-    call("train.py --data captions --image_size 16 --model Words --batch_size 4 --samples 0 --steps 1 --out", tmp_path)
+    call("train.py --data captions --image_size 16 --model Words --batch_size 4 --samples 0 --steps 1",
+         "--out", tmp_path)
     assert read_tensors(tmp_path / "ckpt.pt")["config"]["label_shape"] == [3]
 
 @mark.parametrize("where, value", [
