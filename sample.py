@@ -213,13 +213,14 @@ def read_checkpoint(path, ema=None, model=None):
         if not (len(names) == config["num_classes"] and high - low > 0 and min(config["shape"]) > 0):
             raise ValueError("its classes, interval or shape cannot be used")
         _, _, _ = config["shape"]
-        default = default_average(averages, file["step"])
+        if not published:
+            default = default_average(averages, file["step"])
     require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
     # published files are shown by their longest average
     if published:
         longest = [key for key in averages if key.startswith("0.") or "ema" in key]
-        ema = ema or (longest or list(averages))[0]
-        if not any("pos_embed" in key for key in averages[ema]):
+        default = (longest or list(averages))[0]
+        if not any("pos_embed" in key for key in averages[default]):
             print0(f"{path}: it has no pos_embed; taken for 16 x 16 patches")
     ema = ema or default
     weights = averages.get(ema)
@@ -362,13 +363,17 @@ def choose_classes(text, names):
     words = next(csv.reader([text]), [])
     if text in names:
         words = [text]
-    if set(words) <= set(names):
-        return [names.index(word) for word in words]
+    all_names = set(words) <= set(names)
+    chosen = []
     for word in words:
-        require(word.isdecimal() and int(word) < len(names),
-                f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1} "
-                f"({', '.join(names[:20])})")
-    return [int(word) for word in words]
+        if word in names and (all_names or not word.isdecimal()):
+            chosen.append(names.index(word))
+        else:
+            require(word.isdecimal() and int(word) < len(names),
+                    f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1} "
+                    f"({', '.join(names[:20])})")
+            chosen.append(int(word))
+    return chosen
 
 # The flags of sample.py and fid.py that say what to draw from a checkpoint, and how.
 SAMPLER = """

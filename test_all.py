@@ -1722,6 +1722,8 @@ BAD = """
     train.py --k_start 1.5 | --k_start 1.5: a number between 0 and 1
     train.py --target v --k_start 0.5 | --k_start has no effect on --target v
     train.py --target x --k_lr 2 | --k_lr has no effect on --target x
+    train.py --target foo | --target: target 'foo' is unknown
+    train.py --target 1.5 | --target: target '1.5' is unknown
     train.py --steps 3 --epochs 3 | --epochs has no effect next to --steps
     data.py pack .. --batch_size 3 --out x | --batch_size has no effect on pack
     train.py --tokenizer pca | --tokenizer has no effect in pixel space

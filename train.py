@@ -28,7 +28,7 @@ from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, User
                   open_dataset, open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of, setup,
                   some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
-from objective import EXACT, LOSSES, TARGETS, by_eigenvalues, ends, k_of_innovation, target_row
+from objective import EXACT, LOSSES, TARGETS, KDiff, by_eigenvalues, ends, k_of_innovation, target_row
 from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state,
                     compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
                     read_checkpoint, read_log, read_rows, save_picture, write_rows)
@@ -99,7 +99,7 @@ SMALL = """
 # Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores.
 LAPTOP = """
     --model         LightningDiT-demo/1     JiT-demo
-    --steps         8000                    8000
+    --steps         4000                    4000
 """
 # A preset is flags that come before yours; of two equal flags the later wins.
 PRESETS = {"paper": TABLE_4, "demo": TABLE_4 + DEMO, "fashion": TABLE_4 + DEMO + FASHION,
@@ -424,9 +424,13 @@ def parse(argv=None):
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
     args.preset = preset
     args.guided = typed.cfg is not None
+    try:
+        learns = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=1).w is not None
+    except ValueError as error:
+        raise UserError(f"--target: {error}") from error
     # flags without effect are refused; of steps and epochs, yours comes before the preset's
     for name in ("k_start", "k_lr"):
-        require(target_row(args.target)[0] is not None or getattr(typed, name) is None,
+        require(learns or getattr(typed, name) is None,
                 f"--{name} has no effect on --target {args.target}, where nothing is learned")
     require(typed.steps is None or typed.epochs is None, "--epochs has no effect next to --steps")
     if typed.epochs is not None:
