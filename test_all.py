@@ -126,6 +126,8 @@ def test_order_is_one_permutation_after_the_other():
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(call, monkeypatch, name):
     """A signal saves step 3. Then 1 step against 4: the same weights, averages, optimizer, log."""
     number = getattr(signal, name)
+    if signal.getsignal(number) == signal.SIG_IGN:                          # under nohup
+        signal.signal(number, signal.SIG_DFL)
     write = train.Log.write
 
     def interrupted(log, lr):
