@@ -1081,7 +1081,7 @@ PRESETS = {                            # flags: the settings that they lead to
     "--data fashion --lr 1e-3": "model=JiT-demo/8 preset=fashion lr=0.001 epochs=4.267",
     "--space latent --target 0.5": "model=LightningDiT-demo/1 tokenizer=pca k_lr=1.0",
     "--data photos --image_size 96": "model=JiT-S/12 preset=small k_lr=10.0",
-    "--data photos --image_size 32": "model=JiT-demo/4 preset=laptop steps=8000"}
+    "--data photos --image_size 32": "model=JiT-demo/4 preset=laptop steps=4000"}
 
 @mark.parametrize("flags", PRESETS)
 def test_presets_are_table_4(flags):
