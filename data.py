@@ -137,7 +137,7 @@ class Shapes(Dataset):
         colour = 0.15 + 0.85 * np.clip(np.abs(sector - 3) - 1, 0, 1)
         rgb = 0.06 + (colour[:, None, None] - 0.06) * inside
         return torch.from_numpy((rgb * 255 + 0.5).astype(np.uint8))
-    drawn_once = functools.lru_cache(6_400)(draw)
+    drawn_once = functools.lru_cache(6_400)(draw)                                 # small ones stay in memory
 
 class Fashion(Dataset):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes
@@ -267,7 +267,7 @@ class ImageFolder(Dataset):
         return image.contiguous(), int(self.labels[i])
 
     def fingerprint(self):
-        return digest(self.paths.tobytes(), super().fingerprint())
+        return digest(self.image_size, self.paths.tobytes(), super().fingerprint())
 
     def content(self, i):
         with reading(self.path(i), "readable"):
@@ -909,7 +909,7 @@ def new_file(path):
 
 def download(url, path, remedy, **how):
     """Fetch url to path, whole or not at all. FileError if it cannot be fetched."""
-    with reading(url, "to be had", remedy):
+    with reading(url, "to be fetched", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, **how)
 

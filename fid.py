@@ -1,4 +1,4 @@
-"""Quality of samples: Frechet Inception Distance and Inception Score, equal to torch-fidelity's.
+"""Quality of samples: Frechet Inception Distance and Inception Score, by torch-fidelity's formulas.
 
 Images stream through Inception-v3 (2015) into float64 sums: memory does not grow with their number, and
 neither the batch size nor the number of processes changes the result. `--features pixels` needs no weights:

@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         x = x + self.pos_embed                                     # (N, T, D)
         cos, sin = self.cos[-T:], self.sin[-T:]
         for i, block in enumerate(self.blocks):
-            if i == self.context_start:                            # class tokens in front, which never turn
+            if i == self.context_start:                            # class tokens in front, without a place
                 x = torch.cat([label[:, None] + self.in_context_posemb.squeeze(0), x], dim=1)
                 cos, sin = self.cos, self.sin
             drop = 0
@@ -443,7 +443,7 @@ class VAVAE(nn.Module):
 
 # What sampling needs to know beside the weights (the papers' settings and Table 4).
 BOTH = dict(loss="v", label_drop=0.1, t_mean=0.0, t_std=1.0, noise_scale=1.0, interval=[0.1, 1.0])
-PUBLISHED = {"JiT": BOTH | dict(space="pixel", target="x", tau=0.05, cfg=2.9),
+PUBLISHED = {"JiT": BOTH | dict(space="pixel", target="x", tau=0.05, cfg=2.9, t_mean=-0.8, t_std=0.8),
              "LightningDiT": BOTH | dict(space="latent", target="v", tau=0.0, cfg=1.5)}
 AVERAGES = {"model_ema1": "0.9999", "model_ema2": "0.9996", "model": "none"}     # the names in JiT's files
 # Tables that follow from the sizes of a network. A file need not contain them.

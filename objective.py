@@ -6,8 +6,9 @@
     velocity  v = dz/dt = x - e = (u - (c+d) z) / Delta,   Delta = b c - a d              App. A
     loss      |v^ - v|^2 = |u^ - u|^2 / Delta^2                                           Eq. (15)
 
-The method is target "k": c = k, d = -(1-k), and k is trained with the network.
-`python objective.py` checks the theory of k: a linear network and k, trained together, find closed forms.
+The method is target "k": c = k, d = -(1-k), and k is trained with the network. Equations, tables and theorems
+are those of the paper, arXiv 2601.21419. `python objective.py` checks its theory, and more: a linear network
+and k, trained together, converge to closed forms.
 """
 import math
 import time
@@ -15,7 +16,7 @@ import time
 import torch
 from torch import nn
 
-BINS = 128                            # of target "time", which learns k at each of their 129 ends
+BINS = 128                            # target "time" learns k at the 129 edges of these bins of t
 
 def path(t):
     """a and b of z = a x + b e at times t, and their derivatives in t."""
@@ -130,7 +131,7 @@ class KDiff(nn.Module):
         c, d = self.coefficients(t)
         t = t.view(-1, 1, 1, 1)
         a, b, da, db = path(t)
-        v = (da * b - db * a) * u.to(z.dtype) + (db * c - da * d) * z             # on this path u - (c + d) z
+        v = (da * b - db * a) * u.to(z.dtype) + (db * c - da * d) * z             # u - (c + d) z on this path
         return v / clamped_delta(c, d, t, self.tau)
 
     def loss(self, x, y, t, e):
@@ -172,7 +173,7 @@ class KDiff(nn.Module):
         if self.w is not None:
             w = self.w
         c, d = self.coefficients(torch.linspace(0, 1, BINS + 1, device=w.device))
-        k = c / (c - d)
+        k = c / (c - d)                                # u / (c - d) = k x - (1-k) e
         learned = {}
         if w.ndim == 1 and len(w) < 10:
             for i, number in enumerate(torch.sigmoid(w)):
@@ -206,7 +207,7 @@ def k_of_direction(variance):
     variance for d."""
     return 1 / (1 + variance)
 
-EXACT = 4096                          # numbers in a picture, up to which the innovation is exact
+EXACT = 4096                          # most numbers in a picture for which the innovation is exact
 
 def innovation(x, n):
     """r (points, C): how much of a coordinate the rest of the noisy picture does not tell. It is
@@ -273,7 +274,7 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
         r = r.mean(1, keepdim=True)
     t = t[:, None]
     k = torch.full_like(r[:1], 0.5)
-    for _ in range(200):
+    for _ in range(200):                           # the equation for k, solved by damped iteration
         cube = (k * (1 - t) + (1 - k) * t) ** 3
         rho = (r * t / cube).mean(0) / ((1 - t) / cube).mean(0)
         k = (k + 1 / (1 + rho)) / 2

@@ -2,7 +2,7 @@
 
     python sample.py out/pixel/ckpt.pt                              a grid next to the checkpoint
     python sample.py out/pixel/ckpt.pt --classes star,ring --cfg 2  chosen classes, guidance scale
-    torchrun --nproc_per_node=8 sample.py ckpt.pt --n 50000 --out samples.npz       for evaluation
+    torchrun --nproc_per_node=8 sample.py ckpt.pt --samples 50000 --out samples.npz
 
     checkpoint = load("assets/fashion.pt")                               the same from Python
     grid(checkpoint.sample("bag", n=8), ["bag"], columns=8).show()
@@ -384,7 +384,7 @@ SAMPLER = """
     --steps        count                solver steps (default 50)
     --solver       heun|euler           (default heun)
     --tau          amount               the least Delta (default: the checkpoint's)
-    --ema          text                 an average, or none (default: the longest without the start)
+    --ema          text                 an average, or none (default: see default_average())
     --seed         integer              of the noise (default 0)
     --model        text                 the size of a published network, if the shapes leave it open
     --tokenizer    text                 VA-VAE weights file, for latent networks

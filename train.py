@@ -23,17 +23,19 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+# the second half of data.py has what all scripts share: processes, errors, files
 from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, UserError, all_reduce, barrier,
                   batch_indices, exit_now, first_decides, keep_outside, new_file, new_parser, on_signals,
-                  open_dataset, open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of, setup,
-                  some_items)
+                  open_dataset, open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of,
+                  setup, some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
 from objective import EXACT, LOSSES, TARGETS, KDiff, by_eigenvalues, ends, k_of_innovation, target_row
 from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state,
                     compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
                     read_checkpoint, read_log, read_rows, save_picture, write_rows)
 
-# Table 4. A row is a flag. The columns are the two spaces; "-" leaves the choice to fill_in().
+# Table 4. A row is a flag. The columns are the two spaces, and begin at characters 20 and 44; "-" leaves
+# the choice to fill_in().
 TABLE_4 = """
                     latent                  pixel
     --model         LightningDiT-XL/1       -
@@ -105,6 +107,8 @@ LAPTOP = """
 PRESETS = {"paper": TABLE_4, "demo": TABLE_4 + DEMO, "fashion": TABLE_4 + DEMO + FASHION,
            "small": TABLE_4 + DEMO + SMALL, "laptop": TABLE_4 + DEMO + FASHION + LAPTOP}
 
+# A row: the flag, its kind (KINDS in data.py: a count is at least 1, a whole number or an amount at least
+# 0; "a|b" is a choice), and its help.
 FLAGS = f"""
     --space         pixel|latent        the column of Table 4 (default pixel)
     --preset        {"|".join(PRESETS)}     other defaults (default: what fits --data and --image_size)
@@ -130,16 +134,16 @@ FLAGS = f"""
     --target        text                {", ".join(TARGETS)}, or a number in [0, 1] (default k)
     --k_start       text                where k starts: a number in (0, 1), or data: as foretold (default 0.5)
     --loss          {"|".join(LOSSES)}           the variable whose error is squared (default v)
-    --t_mean        number              of the normal whose sigmoid is t
-    --t_std         amount              of the same
-    --noise_scale   amount              standard deviation of the noise (in pixels image_size / 256)
-    --tau           amount              the least Delta (default: 0 if Delta cannot vanish, else 0.05)
+    --t_mean        number              mean of logit(t)
+    --t_std         amount              standard deviation of logit(t)
+    --noise_scale   amount              std of the noise (preset paper in pixels: image_size / 256, else 1)
+    --tau           amount              least Delta (default: 0.05; in latents 0 if Delta cannot vanish)
     --label_drop    amount              probability of having no label
 
     --batch_size    count               images a step, over all processes
     --micro_batch   count               images at a time on each process (default: at most 128)
     --lr            amount              learning rate after the warmup
-    --k_lr          amount              that of w, a multiple of --lr; 0 keeps k fixed
+    --k_lr          amount              learning rate of w is this times --lr; 0 keeps k fixed
     --warmup_epochs amount              of linear warmup
     --clip          amount              largest gradient norm; 0: any (default 0)
     --ema           amounts             decays of averages of the weights
@@ -148,7 +152,7 @@ FLAGS = f"""
     --save_every    count               steps between checkpoints
     --keep_every    whole               steps between checkpoints that stay, as ckpt-STEP.pt (default 0: none)
     --sample_every  whole               steps between pictures; 0: only at the end
-    --samples       whole               images in a picture; 0: no pictures (default 64; small machines 8)
+    --samples       whole               images in a picture; 0: none (default 64; paper, small on a CPU 8)
     --cfg           amount              guidance scale of pictures
     --interval      amounts             two times between which guidance acts
 """
@@ -189,16 +193,16 @@ def train(state, data, args):
             part = slice(i, i + args.micro_batch)
             x = state.codec.encode(batch[part].to(device, non_blocking=True))            # (N, C, H, W)
             y = labels[part].to(device, non_blocking=True)                               # (N,)
-            together = nullcontext()
+            sync = nullcontext()
             if WORLD > 1 and i + args.micro_batch < share:
-                together = model.no_sync()
-            with together:
+                sync = model.no_sync()
+            with sync:
                 with autocast(device, args.dtype):
-                    mean = model(x, y, seeds[part]) * (len(x) / share)
+                    part_loss = model(x, y, seeds[part]) * (len(x) / share)
                 # a loss that is not finite makes every gradient so, and through DDP's sum
                 # on every process
-                mean.backward(torch.where(mean.isfinite(), 1.0, torch.nan))
-            loss = loss + mean.detach()
+                part_loss.backward(torch.where(part_loss.isfinite(), 1.0, torch.nan))
+            loss = loss + part_loss.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, args.clip, norm)
@@ -298,7 +302,7 @@ def run_training(args, state, data):
     if RANK == 0:
         written = draw(args, state, "samples.png")
         print0(f"done in {timedelta(seconds=int(time.perf_counter() - began))}. Look at {written}; "
-               f"more samples: python sample.py {path}")
+               f"more samples: python sample.py {path} --seed 1 --out more.png")
 
 # ---- What training changes, and its checkpoints ------------------------------------------------------------
 
@@ -320,7 +324,7 @@ class State:
         self.parameters = [p for p in kdiff.parameters() if p.requires_grad]
         of_net = set(kdiff.net.parameters())
         groups = []
-        for chosen in (True, False):                       # w, and what a fork adds, have their own rate
+        for chosen in (True, False):                       # w, and all outside net, have their own rate
             params = [p for p in self.parameters if (p in of_net) == chosen]
             if params:
                 groups.append({"of_net": chosen, "params": params})
@@ -383,7 +387,7 @@ def start_from(args, config, kdiff, codec, classes):
     # what of the weights does not fit this run is left out, and told
     left_out = [f"net.{table}" for table in TABLES]
     require(bool(source.get("components")) == config["components"],
-            f"{name} has other channels: of principal components and pixels this run has the others")
+            f"{name}: one of the two has principal components as channels, the other pixels")
     if source["target"] != args.target:
         left_out.append("w")
         print0(f"{name} predicts {source['target']}, this run {args.target}: it will have to adapt")
@@ -471,7 +475,7 @@ def fill_in(args):
         args.model = {256: "JiT-B/16", 512: "JiT-B/32"}.get(args.image_size)
         require(args.model, f"--image_size {args.image_size} has no network in Table 4: "
                 "try --preset small, or name one, such as --model JiT-B/16")
-    if args.model in SIZES:                                # a preset's: 8 x 8 patches at any image size
+    if args.model in SIZES:                                # no patch named: 8 patches a side
         patch = math.ceil(args.image_size / 8)
         require(args.image_size == 8 * patch,
                 f"--image_size {args.image_size} is no multiple of 8: try {8 * patch}, or name a patch that "
@@ -647,8 +651,8 @@ def describe(args, config, kdiff, data):
     settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
     print0("settings  " + "  ".join(settings))
     cost = gmacs(kdiff.net, config["shape"], config["label_shape"])
-    print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, {cost:.2f} billion multiply-adds an image "
-           "and forward")
+    print0(f"network   {args.model}: {params / 1e6:,.1f}M parameters, {cost:.2f} billion multiply-adds an "
+           "image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
     print0(f"pictures  of the average {average} of the weights (the longest that has forgotten the start, or "
