@@ -291,7 +291,7 @@ def draw_curves(panels, path, x_label="step"):
     """Write a picture of panels side by side, each {name: (xs, ys)}. The names are the title, in
     the colours of their curves; a curve with "dashed" in its name is dashed. Points that are not
     finite are left out."""
-    W, H = 560, 380
+    W, H = 560, 390
     sheet = Image.new("RGB", (W * len(panels), H), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for p, curves in enumerate(panels):
@@ -303,7 +303,7 @@ def draw_curves(panels, path, x_label="step"):
         high[high == low] = 1
         if 0.3 < high[1] <= 1.05:                                       # such as k: up to 1
             high[1] = 1
-        origin, size = np.array([p * W + 64, H - 46]), np.array([W - 84, 86 - H])
+        origin, size = np.array([p * W + 64, H - 56]), np.array([W - 84, 96 - H])
 
         def place(*point):
             return tuple(origin + (point - low) / (high - low) * size)
@@ -322,7 +322,7 @@ def draw_curves(panels, path, x_label="step"):
                 pen.line(corners[i:i + 2], colour, 2)
             pen.text((title, 12), name, colour, font)
             title += font.getlength(f"{name}    ")
-        pen.text((p * W + W - 20, H - 8), x_label, INK, font, anchor="rb")
+        pen.text((p * W + W - 20, H - 6), x_label, INK, font, anchor="rb")
     save_picture(sheet, path)
 
 def save_picture(picture, path):

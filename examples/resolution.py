@@ -52,21 +52,21 @@ def learned_k(pictures, steps):
 def main(out="assets/resolution.png", source=None, steps=1000, largest=9, each=200):
     """Print and draw k for R = 8, 16, ..., 2^largest. Steps 0: nothing is trained."""
     images = map(read_image, list_images(source)) if source else map(made_picture, range(32))
-    images = list(images)
-    curves = {name: ([], []) for name in ("innovation", "noise R/256", "D/(D+trace S)", "learned")}
-    print("   R       ", *curves)
-    for power in range(3, int(largest) + 1):
-        pictures = crops(images, 2 ** power, int(each))
+    images, names, table = list(images), ("innovation", "D/(D+trace S)", "learned", "noise R/256"), []
+    print("   R       ", *names)
+    for R in [2 ** power for power in range(3, int(largest) + 1)]:
+        pictures = crops(images, R, int(each))
         x = Codec().encode(pictures)
-        ks = [k_of_innovation(x, -0.8, 0.8, scale, together=True).item() for scale in (1, 2 ** power / 256)]
-        ks.append(k_of_direction(x.var(0).mean()).item())
-        if int(steps) and power <= 6:
-            ks.append(learned_k(pictures, steps))
-        show(str(2 ** power), ks, 4)
-        for curve, k in zip(curves.values(), ks):
-            curve[0].append(power)
-            curve[1].append(k)
-    draw_curves([curves], out, "log2 of the side R in pixels")
+        k = [k_of_innovation(x, -0.8, 0.8, together=True).item(), k_of_direction(x.var(0).mean()).item(), np.nan]
+        if int(steps) and R <= 64:
+            k[2] = learned_k(pictures, steps)
+        k.append(k_of_innovation(x, -0.8, 0.8, R / 256, together=True).item())
+        show(str(R), k, 4)
+        table.append(k)
+    panels = [{}, {}]
+    for i, column in enumerate(1 - np.array(table).T):                  # how far from predicting the picture
+        panels[i // 3][f"1 - k: {names[i]}"] = range(len(table)), column
+    draw_curves(panels, out, "doublings of a side of 8 pixels")
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
