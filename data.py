@@ -182,6 +182,7 @@ FORMATS = {"JPEG": ".jpg .jpeg .jfif", "PNG": ".png", "WEBP": ".webp", "BMP": ".
 if features.check("avif"):            # not in every build of Pillow
     FORMATS["AVIF"] = ".avif"
 ENDINGS = " ".join(FORMATS.values()).split()
+SKIPPED = ".", "__MACOSX", "__pycache__"               # beginnings of folders without pictures of yours
 
 def list_images(folder):
     """The images below a folder, sorted. Links are followed. A line counts the files that are
@@ -189,8 +190,8 @@ def list_images(folder):
     require(os.path.isdir(folder), f"{folder}: no such folder")
     found, left_out = [], Counter()
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        if os.path.realpath(here) in map(os.path.realpath, Path(here).parents):
+        folders[:] = [name for name in folders if not name.startswith(SKIPPED)]
+        if os.path.realpath(here) in map(os.path.realpath, Path(os.path.abspath(here)).parents):
             folders.clear()                                            # a link in a circle
             continue
         for name in files:
@@ -214,6 +215,8 @@ def read_image(path):
         with Image.open(path, formats=list(FORMATS)) as image:
             if image.mode == "F" or max(image.size) > 100 * min(image.size):
                 raise ValueError("floating-point pixels, or 100 times as long as wide")
+            if image.mode == "I" and image.format != "PNG":            # of what range? PNG has 16 bits
+                raise ValueError("32-bit pixels")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                             # 16-bit grey: convert() would clip it
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
@@ -248,7 +251,7 @@ class ImageFolder(Dataset):
         # numbers are sorted by their value
         self.classes = sorted(set(names), key=lambda name: name.zfill(9) if name.isdecimal() else name)
         for entry in os.scandir(folder):
-            if entry.is_dir() and not entry.name.startswith((".", "__")):
+            if entry.is_dir() and not entry.name.startswith(SKIPPED):
                 require(entry.name in self.classes,
                         f"{entry.path}: a class folder without images; fill or remove it")
         number = {name: i for i, name in enumerate(self.classes)}
@@ -373,6 +376,11 @@ class Stored(Dataset):
             if "images" not in self.files[0]:
                 self.kind, names = "latents", ["latents", "latents_flip"]
             with reading(file, "a file of `python data.py`, or a shard that fits the others"):
+                if metadata.get("classes") != open_safetensors(paths[0])[1].get("classes"):
+                    raise ValueError("other classes")
+                kinds = {"images": ("u1",), "latents": ("f2", "f4", "u2")}[self.kind]        # u2 is bfloat16
+                if arrays["labels"].dtype.kind != "i" or arrays[names[0]].dtype.str[1:] not in kinds:
+                    raise ValueError(f"labels {arrays['labels'].dtype}, {names[0]} {arrays[names[0]].dtype}")
                 shape = arrays["labels"].shape + self.files[0][self.kind].shape[1:]
                 for name in names:
                     if len(shape) != 4 or arrays[name].shape != shape:
@@ -381,6 +389,7 @@ class Stored(Dataset):
         labels = np.concatenate([arrays["labels"] for arrays in self.files])
         self.starts = np.cumsum([0] + [len(arrays["labels"]) for arrays in self.files])
         self.n = len(labels)
+        require(self.n, f"{path}: contains no items")
         self.classes = class_names(metadata, labels, path)
         if self.kind == "latents":
             file = Path(path, "latents_stats.pt")                      # written last: the folder is complete
@@ -396,6 +405,8 @@ class Stored(Dataset):
         arrays = self.files[number]
         i = i - self.starts[number]
         tensor = torch.from_numpy(np.array(arrays[name or self.kind][i]))
+        if tensor.dtype == torch.uint16:
+            tensor = tensor.view(torch.bfloat16)
         if self.kind == "latents":
             tensor = tensor.float()
         return tensor, int(arrays["labels"][i])

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import (RANK, Dataset, ImageFolder, Memmap, Stored, UserError, all_reduce, download, first_decides,
-                  my_batches, new_file, new_parser, open_dataset, print0, read_items, read_tensors, reading,
+                  my_batches, new_file, new_parser, open_dataset, open_safetensors, print0, read_items,
+                  read_tensors, reading,
                   require, run, setup)
 from sample import SAMPLER, append_row, open_sampler, read_rows
 
@@ -51,6 +52,7 @@ def gaussian(mu, sigma, dim=None):
 def root(sigma):
     """A (D, rank) with A A^T = sigma. Eigenvalues that should be 0 are left out."""
     values, vectors = scipy.linalg.eigh(sigma)
+    require(values[0] >= -1e-3 * abs(values[-1]) and np.allclose(sigma, sigma.T), "sigma is no covariance")
     keep = values > len(sigma) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, keep] * np.sqrt(values[keep])
 
@@ -231,6 +233,8 @@ def batches_of(data, batch_size, path):
         with reading(path, "images of one size", "; `fid.py --make_ref` crops the images of a folder"):
             images, _ = read_items(data, [min(i, len(data) - 1) for i in indices])
         require(images.dtype == torch.uint8, f"{path}: its items are {images.dtype}, not uint8 images")
+        require(images[0].shape == data[0][0].shape,
+                f"{path}: not images of one size; `fid.py --make_ref` crops the images of a folder")
         yield images, indices
 
 class Reference(NamedTuple):
@@ -326,7 +330,9 @@ def measure(path, args, extractor, reference, device):
     its settings and by the hashes of checkpoint and reference: one that is there is not repeated."""
     checkpoint, classes, how, settings = open_sampler(path, args, device)
     settings["solver_steps"] = settings.pop("steps")
-    settings |= {"file": sha256(path)[:16], "reference": sha256(reference.path)[:16]}
+    files = {"file": path, "reference": reference.path, "weights": args.weights, "tokenizer": args.tokenizer}
+    for name, file in (files | {"stats": args.stats}).items():
+        settings[name] = sha256(file)[:16] if file else ""
     key = {name: str(value) for name, value in settings.items()}
     table = Path(path).with_name("fid.csv")
     known = False
@@ -356,7 +362,10 @@ def make_reference(args, extractor, device):
     print0(f"wrote {args.out}: {args.features} features of {len(data):,} images of {args.image_size} px")
 
 def is_checkpoint(path):
-    return Path(path).suffix in (".pt", ".pth", ".safetensors")
+    """Whether it is to be sampled. Packed images are .safetensors files, too."""
+    if path.endswith(".safetensors"):
+        return "images" not in open_safetensors(path)[0]
+    return path.endswith((".pt", ".pth"))
 
 FLAGS = SAMPLER + """
     paths          texts                checkpoints or samples, and last the reference

@@ -225,7 +225,7 @@ def read_checkpoint(path, ema=None, model=None):
     ema = ema or default
     weights = averages.get(ema)
     if ema == "none" and not published:
-        weights = file["model"]
+        weights = file.get("model")
     require(weights, f"--ema {ema}: {path} has {', '.join(averages)}")
     return file, ema, weights
 
@@ -415,14 +415,17 @@ def open_sampler(path, args, device, picture=False):
            "dtype": fastest_dtype(device)}
     how |= {name: getattr(args, name) for name in how if getattr(args, name) is not None}
     check_interval(how["interval"])
-    require(how["cfg"] == 1 or config["label_drop"], f"--cfg {how['cfg']}: {path} was trained with all "
-            "labels, which leaves nothing to guide away from")
+    require(how["cfg"] == 1 or 0 < config["label_drop"] < 1,
+            f"--cfg {how['cfg']}: {path} was trained with all labels, "
+            "which leaves nothing to guide away from")
     # what made the samples, for their file and for the table of fid.py
     n = args.n or 50_000
     if picture:                                       # equally many of each
         n = len(classes) * math.ceil((args.n or 8 * len(classes)) / len(classes))
     settings = {"checkpoint": Path(path).name, "step": checkpoint.step, "ema": checkpoint.ema, "n": n}
-    settings |= {"model": config["model"], "classes": args.classes or "all"}
+    settings |= {"model": config["model"], "classes": "all"}
+    if args.classes:
+        settings["classes"] = ",".join(names[c] for c in classes)
     settings |= {"tau": checkpoint.kdiff.tau, **how}
     print0(f"{path}: " + " | ".join(f"{name} {value}" for name, value in settings.items()))
     if device.type == "cuda" and n // WORLD >= 1000:   # for fewer, compiling takes longer than it saves

@@ -159,7 +159,7 @@ FLAGS = f"""
 
 # What a resumed run must share with its checkpoint. All else may change; changes are printed.
 FIXED = ("model target space loss data_fingerprint shape num_classes batch_size seed flip qk_norm ema "
-         "t_mean t_std noise_scale tau label_drop").split()
+         "t_mean t_std noise_scale tau label_drop init k_start").split()
 
 def train(state, data, args):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every
@@ -233,7 +233,8 @@ def main():
             dist.broadcast(buffer, 0)
     config = make_config(args, data, codec, device)
     k_start = 0.5
-    if args.dry_run or not first_decides((args.out / "ckpt.pt").exists()):       # a resumed run knows its k
+    new = not first_decides((args.out / "ckpt.pt").exists())
+    if args.dry_run or new:                                # a resumed run knows its k
         k_start = foretell(args, config, data, codec)
     # the network, and what it costs
     torch.manual_seed(args.seed % 2 ** 63)
@@ -242,7 +243,7 @@ def main():
     if args.dry_run:
         return estimate(args, config, kdiff.to(device))
     # the run: new, from weights of another, or resumed
-    if args.init:
+    if args.init and new:
         codec = start_from(args, config, kdiff, codec, data.classes)
     state = State(kdiff.to(device).train(), codec, config, data.classes)
     with own_folder(args.out):
@@ -274,7 +275,8 @@ def run_training(args, state, data):
             log.add(loss, norm)
             if state.step % args.log_every == 0 or last:
                 log.write(lr)
-            require(log.bad_in_a_row < 10, "10 steps in a row had a loss or gradient that is not finite; "
+            require(log.bad_in_a_row < min(10, args.steps),
+                    f"the last {log.bad_in_a_row} steps had a loss or gradient that is not finite; "
                     f"{path} at step {saved} is intact: try a lower --lr, --clip 1 or --dtype float32")
             # save
             if state.step % args.save_every == 0 or last:
@@ -292,10 +294,12 @@ def run_training(args, state, data):
                     draw(args, state, f"samples-{state.step:07}.png")
                 barrier()                                  # the others' wait does not count as training
                 log.restart()
-    except (FileError, OSError, RuntimeError):
+    except (FileError, OSError, RuntimeError) as error:
         # a damaged image, a lost process, a closed terminal: ends that can be foreseen save first
         with suppress(UserError, RuntimeError):
-            if state.step > saved and not log.bad_in_a_row:
+            # torch raises a loader's death at any moment, perhaps within a step: then nothing is saved
+            whole = "DataLoader worker" not in str(error)
+            if whole and state.step > saved and not log.bad_in_a_row:
                 save(path, state)
         raise
     on_signals(signal.SIG_DFL)                             # all is saved: nothing can be lost from here on
@@ -363,7 +367,7 @@ def resume(args, state):
                 f"--out {args.out} contains a run with {key} {before.get(key)}, not {config[key]}: "
                 f"name another --out, or remove it (--init {path} starts from its weights)")
     config["k_of_theory"] = before.get("k_of_theory")
-    for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "label_shape"}):
+    for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "k_given", "label_shape"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
     with reading(path, "a checkpoint of this version", "; name another --out or remove it"):
@@ -388,6 +392,8 @@ def start_from(args, config, kdiff, codec, classes):
     left_out = [f"net.{table}" for table in TABLES]
     require(bool(source.get("components")) == config["components"],
             f"{name}: one of the two has principal components as channels, the other pixels")
+    if args.k_given:
+        left_out.append("w")
     if source["target"] != args.target:
         left_out.append("w")
         print0(f"{name} predicts {source['target']}, this run {args.target}: it will have to adapt")
@@ -428,6 +434,7 @@ def parse(argv=None):
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
     args.preset = preset
     args.guided = typed.cfg is not None
+    args.k_given = typed.k_start is not None
     try:
         learns = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=1).w is not None
     except ValueError as error:
@@ -491,10 +498,10 @@ def fill_in(args):
             f"--k_start {args.k_start}: a number between 0 and 1, or data")
     check_interval(args.interval)
     require(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays are between 0 and 1")
-    require(args.label_drop <= 1, f"--label_drop {args.label_drop}: a probability")
-    require(0 < args.label_drop < 1 or not args.guided or args.cfg == 1,
-            f"--cfg {args.cfg} has no effect with --label_drop {args.label_drop}: guidance needs both, "
-            "labels and none")
+    require(args.label_drop < 1, f"--label_drop {args.label_drop}: a probability below 1 is needed")
+    require(args.label_drop or not args.guided or args.cfg == 1,
+            f"--cfg {args.cfg} has no effect with --label_drop 0: guidance needs images without a label")
+    require(args.steps or args.epochs, "--epochs 0: there is nothing to do")
     require(args.noise_scale and args.t_std, "--noise_scale and --t_std must be above 0")
     require(not args.init or Path(args.init).is_file(), f"--init {args.init}: no such file")
     require(args.tau or at_0, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
@@ -589,7 +596,7 @@ def make_config(args, data, codec, device):
     config["components"] = args.space == "pixel" and codec.tokenizer is not None
     config["data_fingerprint"] = data.fingerprint()
     config["label_shape"] = list(torch.as_tensor(data[0][1]).shape)      # longer for captions
-    if not args.guided and (len(data.classes) == 1 or args.label_drop in (0, 1)):
+    if not args.guided and (len(data.classes) == 1 or args.label_drop == 0):
         config["cfg"] = 1.0                                # there is nothing to guide away from
     # where it writes: not among the pictures that it reads
     args.out = Path(args.out or free_folder(args, config["data_fingerprint"]))
@@ -647,7 +654,7 @@ def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to."""
     params = sum(p.numel() for p in kdiff.net.parameters())
     per_epoch = len(data) / args.batch_size
-    hidden = "out steps epochs dry_run guided k_of_theory label_shape".split()
+    hidden = "out steps epochs dry_run guided k_given k_of_theory label_shape".split()
     settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
     print0("settings  " + "  ".join(settings))
     cost = gmacs(kdiff.net, config["shape"], config["label_shape"])

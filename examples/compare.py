@@ -28,9 +28,9 @@ def call(script, *words):
 def train_and_measure(out, variant, seed, data, n, shared):
     """One run: train, draw n samples, and measure their distance to the training pictures."""
     once = "--samples 0 --sample_every 0 --save_every 1000000".split()      # a checkpoint at the end
-    call("train.py", "--data", data, *shared, "--target", *variant.split(), "--seed", seed, "--out", out, *once)
+    call("train.py", "--data", data, *shared, "--target", *variant.split(), "--seed", seed, *once, "--out", out)
     call("sample.py", out / "ckpt.pt", "--n", n, "--steps", 25, "--out", out / "s.npz")
-    reference = out.parent / f"{data}.npz"
+    reference = out.parent / f"{Path(data).name}.npz"
     if not reference.exists():
         call("fid.py", "--make_ref", data, "--image_size", 32, "--out", reference, "--features", "pixels")
     distance = call("fid.py", out / "s.npz", reference, "--features", "pixels")

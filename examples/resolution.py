@@ -1,9 +1,7 @@
 """k against resolution, foretold from pictures alone: it goes to 1 as pictures grow.
 
-    python examples/resolution.py                               # pictures of its own, of power spectrum 1 / f^2
-    python examples/resolution.py resolution.png PHOTOGRAPHS    # a folder of yours: half an hour on one core
-
-The same crops at every size R x R. For R = 8 to 64 the demo's network, with 4 x 4 patches, learns k, too.
+    python examples/resolution.py                               # pictures of power spectrum 1 / f^2
+    python examples/resolution.py resolution.png PHOTOGRAPHS    # yours: half an hour on one core
 """
 import sys
 from pathlib import Path
@@ -22,13 +20,12 @@ def made_picture(seed, side=1024):
     """Power 1 / f^2, std 0.5. What differs between colors is a third as loud as what they share."""
     torch.manual_seed(seed)
     noise = torch.randn(3, side, side) + 3 * torch.randn(side, side)
-    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
-    f[0, 0] = torch.inf                                                 # no mean
+    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)).clamp(min=1 / side)
     x = torch.fft.irfft2(torch.fft.rfft2(noise) / f)[None]
     return Image.fromarray(Codec().decode(0.5 * x / x.std())[0].permute(1, 2, 0).numpy())
 
 def crops(images, R, each):
-    """uint8 (N, 3, R, R): from each image squares of 2/3 to all of its shorter side, fewer if they are large."""
+    """uint8 (N, 3, R, R): from each image squares of 2/3 to all of its shorter side, fewer if large."""
     found = []
     for image in images:
         torch.manual_seed(0)
@@ -57,7 +54,8 @@ def main(out="assets/resolution.png", source=None, steps=1000, largest=9, each=2
     for R in [2 ** power for power in range(3, int(largest) + 1)]:
         pictures = crops(images, R, int(each))
         x = Codec().encode(pictures)
-        k = [k_of_innovation(x, -0.8, 0.8, together=True).item(), k_of_direction(x.var(0).mean()).item(), np.nan]
+        k = [k_of_innovation(x, -0.8, 0.8, together=True).item()]
+        k += [k_of_direction(x.var(0).mean()).item(), np.nan]
         if int(steps) and R <= 64:
             k[2] = learned_k(pictures, steps)
         k.append(k_of_innovation(x, -0.8, 0.8, R / 256, together=True).item())
