@@ -298,7 +298,7 @@ def run_training(args, state, data):
         # a damaged image, a lost process, a closed terminal: ends that can be foreseen save first
         with suppress(UserError, RuntimeError):
             # torch raises a loader's death at any moment, perhaps within a step: then nothing is saved
-            whole = "DataLoader worker" not in str(error)
+            whole = "DataLoader worker (pid" not in str(error)
             if whole and state.step > saved and not log.bad_in_a_row:
                 save(path, state)
         raise
