@@ -500,7 +500,7 @@ class PatchPCA(nn.Module):
 class Codec(nn.Module):
     """Between what datasets contain and the network's x: the only place where images and latents
     are scaled. tokenizer: None for pixels. mean, std (1, C, 1, 1): of the latents. can_decode:
-    whether to images."""
+    whether x can become images."""
 
     def __init__(self, tokenizer=None, mean=None, std=None):
         super().__init__()
@@ -663,7 +663,7 @@ def barrier():
     all_reduce(torch.zeros(1))
 
 def first_decides(value):
-    """The integer that the first process passes, on all processes."""
+    """Every process gets the value of the first, as an integer."""
     return int(all_reduce(torch.tensor(int(value) * (RANK == 0))))
 
 def gather(x):
@@ -726,8 +726,8 @@ def require(ok, message):
 
 @contextmanager
 def reading(path, what, remedy=""):
-    """Around the reading of a file: an error of any kind becomes a FileError, "path: not what
-    (error)remedy". Libraries raise many kinds for bad bytes. Our own code stays outside, so that
+    """Around the reading of a file: any error becomes FileError("{path}: not {what}
+    ({error}){remedy}"). Libraries raise many kinds for bad bytes. Our own code stays outside, so that
     its errors are shown."""
     try:
         yield

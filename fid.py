@@ -262,7 +262,7 @@ def load_reference(path, features="inception"):
     return Reference(path, mu, sigma, **known)
 
 def moments(batches, n, extractor, device, score=False):
-    """mu (D,) and sigma (D, D) over n - 1, float64, of the features of n images on all
+    """mu (D,) and the unbiased sigma (D, D), float64, of the features of n images on all
     processes; then mean and std of the Inception Score, None without `score`. batches: this
     process's (uint8 (B, 3, H, W), range of indices), as of my_batches(). UserError for n < 2."""
     require(n > 1, f"{n} images have no covariance: 2 are needed, and 50,000 are usual")

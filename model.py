@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         x = x + self.pos_embed                                     # (N, T, D)
         cos, sin = self.cos[-T:], self.sin[-T:]
         for i, block in enumerate(self.blocks):
-            if i == self.context_start:                            # class tokens in front, without a place
+            if i == self.context_start:                            # class tokens in front, not rotated
                 x = torch.cat([label[:, None] + self.in_context_posemb.squeeze(0), x], dim=1)
                 cos, sin = self.cos, self.sin
             drop = 0
@@ -225,7 +225,7 @@ class DiT(Transformer):
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, heads=heads, **config)
         self.x_embedder = named(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size))
         cos, sin = rotary_positions(self.side, dim // heads)
-        self.feat_rope = nn.Module()                     # in the published files: checked there, never used
+        self.feat_rope = nn.Module()       # a strict load of published files needs it; never used
         self.feat_rope.register_buffer("freqs_cos", cos)
         self.feat_rope.register_buffer("freqs_sin", sin)
         self.initialize()

@@ -91,7 +91,7 @@ class KDiff(nn.Module):
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     channels    C, needed if the target learns a number for each channel (default: net.in_channels)
     k_start     where k starts, from 0.001 to 0.999: a number, or a tensor that broadcasts to w
-    ValueError: an unknown target or loss, or "two" with loss "u", which k1 = k2 = 0 would win."""
+    ValueError: an unknown target or loss, or "two" with loss "u", which is 0 at k1 = k2 = 0."""
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
                  label_drop=0.1, loss="v", channels=None, k_start=0.5):
@@ -148,7 +148,7 @@ class KDiff(nn.Module):
     def draw(self, x, y, seeds=None):
         """Times (N,), noise like x, and labels y, some of them dropped. seeds: one integer
         for each image."""
-        n = x[0].numel() + 2                      # numbers an image: one for t, one for the label, and e
+        n = x[0].numel() + 2                      # random numbers per image: for t, label drop, e
         if seeds is None:
             r = torch.randn(len(x), n, device=x.device)
         else:
@@ -185,12 +185,12 @@ class KDiff(nn.Module):
         return learned
 
 def ends(target):
-    """Delta of a target's first w at t = 0 and at t = 1, where a velocity may divide by it."""
+    """Delta of a target's first w at t = 0 and at t = 1, where sampling may divide by it."""
     kdiff = KDiff(None, target, num_classes=0, channels=1)
     c, d = kdiff.coefficients(torch.tensor([0.0, 1.0]))
     return c[0].item(), -d[1].item()
 
-# ---- Theory (Sec. 3). Data x = P s fill d of D dimensions; one linear layer u^ = W z serves all times. -----
+# ---- Theory (Sec. 3). Data fill d of D dimensions; one linear layer u^ = W z serves all times. -----
 
 def optimal_k(d, D):
     """Theorem 3.2: the k with the least u-loss, for d-dimensional data in D dimensions and
@@ -200,7 +200,7 @@ def optimal_k(d, D):
 def k_of_direction(variance):
     """The best k of one direction of the data, whose variance is given in units of the noise's variance.
 
-    Theorem 3.2 holds for each axis alone. A linear layer costs the axis
+    Theorem 3.2 holds for each axis alone. With variance s^2 the least u-loss of the axis is
         s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2),      with slope  ((1 + s^2) k - 1) / 2.
     So noise is the target where data are strong, and data are the target where they are weak.
     For one k and D axes the slopes add up to 0 at D / (D + trace S): Theorem 3.2, with the total
@@ -236,10 +236,10 @@ def innovation(x, n):
 
 def by_eigenvalues(x):
     """Whether innovation() is exact for data x (N, C, H, W), else by the power spectrum."""
-    return len(x) >= x[0].numel() <= EXACT
+    return x[0].numel() <= min(len(x), EXACT)
 
 def even_times(t_mean, t_std, points):
-    """Quantiles (points,) of t = sigmoid(N(t_mean, t_std)): an even mean over them is a mean over t."""
+    """Quantiles (points,) of t = sigmoid(N(t_mean, t_std)): their plain mean is an expectation over t."""
     quantiles = (torch.arange(points).double() + 0.5) / points
     return torch.sigmoid(t_mean + t_std * torch.special.ndtri(quantiles))
 
@@ -250,8 +250,8 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
 
     Theorem. Call a network blind if its output i does not see its input i, but all others and t.
     Its best prediction of u_i = k x_i - (1-k) e_i is then k times the regression of x_i on the
-    others, because the noise e_i is independent of all that it sees. What is left is k xi -
-    (1-k) e_i. Here xi is x_i minus that regression, and its variance r(t) is the innovation. So
+    others, because the noise e_i is independent of all that it sees. What is left is k m_i - (1-k)
+    e_i, where m_i is x_i minus that regression. Its variance r(t) is the innovation. So
     the least v-loss is, with s the noise's scale and <> the mean over times,
         L(k) = <(k^2 r + s^2 (1-k)^2) / Delta^2>,   Delta = k (1-t) + (1-k) t.
     Its slope is, since Delta - k Delta' = t and Delta + (1-k) Delta' = 1-t with Delta' = dDelta/dk,
@@ -261,10 +261,10 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     This is exact for linear blind networks on data of any distribution, and for all of them
     on Gaussian data.
 
-    Trained networks see their input, and yet end close to it. Their skip connection from z to v^,
-    which is -(c+d) z / Delta, has then done all that can be done with a coordinate's own value.
-    Limits: if the rest tells nothing, r is the variance. For the u-loss Delta drops out, and
-    k_of_direction() is left. If k is free at each t, it is (1-t) / (1-t + r t)."""
+    Trained networks see their input, and yet in pixels they end close to this k, perhaps because
+    their skip connection from z to v^, -(c+d) z / Delta, already uses a coordinate's own value.
+    Special cases: if the rest tells nothing, r is the variance; with the u-loss and uniform times,
+    too, k is k_of_direction(). A k that is free at each t is (1-t) / (1-t + r t)."""
     if len(x) < 2 or not (x != x[:1]).any():
         raise ValueError("these data do not differ: they foretell no k")
     t = even_times(t_mean, t_std, points)
@@ -311,8 +311,8 @@ class Linear(nn.Linear):
 def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0):
     """Train the linear layer and its target by gradient descent on the u-loss with uniform times.
     variances (D,): of the data along each axis, in units of the noise's variance. A plane of Theorem
-    3.2 is ones and zeros; how the axes are turned changes nothing. Rates fall over the last half
-    while k is learned. Returns (kdiff, mean loss of the last quarter, summed over the D axes)."""
+    3.2 is ones and zeros; how the axes are turned changes nothing. If k is learned, rates fall
+    over the last half. Returns (kdiff, mean loss of the last quarter, summed over the D axes)."""
     g = torch.Generator().manual_seed(seed)
     D = len(variances)
     scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)

@@ -221,7 +221,7 @@ def read_checkpoint(path, ema=None, model=None):
         longest = [key for key in averages if key.startswith("0.") or "ema" in key]
         default = (longest or list(averages))[0]
         if not any("pos_embed" in key for key in averages[default]):
-            print0(f"{path}: it has no pos_embed; taken for 16 x 16 patches")
+            print0(f"{path}: it has no pos_embed; a grid of 16 x 16 tokens is assumed")
     ema = ema or default
     weights = averages.get(ema)
     if ema == "none" and not published:
@@ -358,8 +358,9 @@ def append_row(path, row):
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 def choose_classes(text, names):
-    """The indices that a --classes value names: class names or numbers, separated by commas. Numbers
-    are names only if all words are names. A name that contains a comma is put in double quotes."""
+    """The indices that a --classes value names: class names or numbers, separated by commas. A
+    number is taken as an index, unless all words are names. A name that contains a comma is put in
+    double quotes."""
     words = next(csv.reader([text]), [])
     if text in names:
         words = [text]

@@ -63,7 +63,7 @@ TABLE_4 = """
     --keep_every    0                       0
     --sample_every  5000                    5000
 """
-# The demo. A patch has more values than the network is wide, so that only data can pass (JiT).
+# The demo. JiT's patch has more values than the network is wide: noise does not fit through, data do.
 DEMO = """
     --model         LightningDiT-demo/1     JiT-demo/8
     --image_size    32                      32
@@ -98,10 +98,10 @@ SMALL = """
     --ema           .9995 .999 .995         .9995 .999 .995
     --sample_every  1000                    1000
 """
-# Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores.
+# Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores (by --dry_run).
 LAPTOP = """
     --model         LightningDiT-demo/1     JiT-demo
-    --steps         4000                    4000
+    --steps         3000                    3000
 """
 # A preset is flags that come before yours; of two equal flags the later wins.
 PRESETS = {"paper": TABLE_4, "demo": TABLE_4 + DEMO, "fashion": TABLE_4 + DEMO + FASHION,
@@ -152,7 +152,7 @@ FLAGS = f"""
     --save_every    count               steps between checkpoints
     --keep_every    whole               steps between checkpoints that stay, as ckpt-STEP.pt (default 0: none)
     --sample_every  whole               steps between pictures; 0: only at the end
-    --samples       whole               images in a picture; 0: none (default 64; paper, small on a CPU 8)
+    --samples       whole               images in a picture; 0: none (default 64; 8 on CPUs for paper, small)
     --cfg           amount              guidance scale of pictures
     --interval      amounts             two times between which guidance acts
 """
@@ -187,7 +187,8 @@ def train(state, data, args):
             if not group.get("of_net", True):
                 group["lr"] = lr * args.k_lr
 
-        # forward and backward; gradients add up over micro batches, and over processes at the last one
+        # forward and backward; gradients add up over micro batches; the last one also sums them over
+        # processes
         loss = 0.0
         for i in range(0, share, args.micro_batch):
             part = slice(i, i + args.micro_batch)
@@ -199,8 +200,8 @@ def train(state, data, args):
             with sync:
                 with autocast(device, args.dtype):
                     part_loss = model(x, y, seeds[part]) * (len(x) / share)
-                # a loss that is not finite makes every gradient so, and through DDP's sum
-                # on every process
+                # if the loss is not finite, force NaN gradients; DDP's sum carries them to every
+                # process
                 part_loss.backward(torch.where(part_loss.isfinite(), 1.0, torch.nan))
             loss = loss + part_loss.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
@@ -295,11 +296,11 @@ def run_training(args, state, data):
                 barrier()                                  # the others' wait does not count as training
                 log.restart()
     except (FileError, OSError, RuntimeError) as error:
-        # a damaged image, a lost process, a closed terminal: ends that can be foreseen save first
+        # expected failures save first: a damaged image, a lost process, a closed terminal
         with suppress(UserError, RuntimeError):
-            # torch raises a loader's death at any moment, perhaps within a step: then nothing is saved
-            whole = "DataLoader worker (pid" not in str(error)
-            if whole and state.step > saved and not log.bad_in_a_row:
+            # but when a loading process dies, a step may be half done: do not save
+            step_is_whole = "DataLoader worker (pid" not in str(error)
+            if step_is_whole and state.step > saved and not log.bad_in_a_row:
                 save(path, state)
         raise
     on_signals(signal.SIG_DFL)                             # all is saved: nothing can be lost from here on
@@ -328,7 +329,7 @@ class State:
         self.parameters = [p for p in kdiff.parameters() if p.requires_grad]
         of_net = set(kdiff.net.parameters())
         groups = []
-        for chosen in (True, False):                       # w, and all outside net, have their own rate
+        for chosen in (True, False):                       # net, then w: all outside net has its own rate
             params = [p for p in self.parameters if (p in of_net) == chosen]
             if params:
                 groups.append({"of_net": chosen, "params": params})
@@ -428,7 +429,7 @@ def parse(argv=None):
         argv = sys.argv[1:]
     parser = new_parser(__doc__, FLAGS)
     parser.set_defaults(space="pixel", data="shapes", flip=True)
-    # the first reading tells the space and the preset, whose flags come before yours in the second
+    # parse twice: first for space and preset, then with the preset's flags before yours
     typed = parser.parse_args(argv)
     preset = typed.preset or choose_preset(typed)
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
@@ -456,7 +457,7 @@ def choose_preset(args):
         if args.data in PRESETS:
             return args.data
         return "demo"
-    # a path, with the sizes of the paper
+    # a path, and a size of the paper or a named model
     if args.model or args.image_size in (None, 256, 512):
         return "paper"
     # your own pictures, large or small
@@ -636,7 +637,7 @@ def foretell(args, config, data, codec):
             print0(f"theory    none: {error}")
         else:
             way = "eigenvalues" if by_eigenvalues(x) else "the power spectrum"
-            nearest = ("eps", "v", "x")[round(2 * k.mean().item())]
+            nearest = ("eps", "v", "x")[round(2 * k.mean().item())]             # at 0, 1/2, 1
             print0(f"theory    k {k.mean():.3f} by {way} of {len(x):,} pictures; of fixed targets {nearest} "
                    "is nearest")
             if each:
@@ -760,7 +761,7 @@ class Log:
         state, args = self.state, self.args
         # the means over the steps that were not skipped
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
-        loss, grad = all_reduce(means).tolist()            # of equally many steps on each process
+        loss, grad = all_reduce(means).tolist()            # a mean of means: each process has as many steps
         self.good = []
         speed = (state.step - self.written) * args.batch_size / (time.perf_counter() - self.since)
         self.written = state.step
