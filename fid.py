@@ -245,6 +245,7 @@ class Reference(NamedTuple):
     n: int = 0                        # images; 0: unknown
     image_size: int = None            # pixels; None: unknown
     weights: str = None               # sha256 of those that made it; None: unknown
+    sha256: str = ""                  # of the file that was read
 
 def load_reference(path, features="inception"):
     """The Reference in an .npz, published or of --make_ref. UserError if it is of other
@@ -258,8 +259,8 @@ def load_reference(path, features="inception"):
         mu, sigma = gaussian(mu, sigma, EXTRACTORS[features].dim)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    known = {name: made[name] or None for name in Reference._fields if name in made}
-    return Reference(path, mu, sigma, **known)
+    known = {name: made[name] or None for name in ("n", "image_size", "weights") if name in made}
+    return Reference(path, mu, sigma, sha256=sha256(path), **known)
 
 def moments(batches, n, extractor, device, score=False):
     """mu (D,) and the unbiased sigma (D, D), float64, of the features of n images on all
@@ -314,7 +315,7 @@ def evaluate(batches, n, extractor, reference, device, settings=None):
         print0(f"IS {is_mean:.6g} +- {is_std:.4g}")
     print0(f"samples: {n:,} images | settings {json.dumps(settings)}")
     print0(f"reference: {reference.n or 'unknown'} images | {reference.path} | "
-           f"sha256 {sha256(reference.path)}")
+           f"sha256 {reference.sha256}")
     if extractor.sha256:
         print0(f"weights: sha256 {extractor.sha256}")
         if extractor.sha256 != WEIGHTS:
@@ -328,11 +329,15 @@ FOUND = "fid pixel_distance is_mean is_std".split()               # columns of f
 def measure(path, args, extractor, reference, device):
     """Add the distance of a checkpoint's samples to fid.csv next to it. A measurement is known by
     its settings and by the hashes of checkpoint and reference: one that is there is not repeated."""
-    checkpoint, classes, how, settings = open_sampler(path, args, device)
-    settings["solver_steps"] = settings.pop("steps")
-    files = {"file": path, "reference": reference.path, "weights": args.weights, "tokenizer": args.tokenizer}
-    for name, file in (files | {"stats": args.stats}).items():
+    settings = {"file": sha256(path)[:16], "reference": reference.sha256[:16]}
+    settings["weights"] = (extractor.sha256 or "")[:16]
+    for name in ("tokenizer", "stats"):
+        file = getattr(args, name)
         settings[name] = sha256(file)[:16] if file else ""
+    checkpoint, classes, how, sampling = open_sampler(path, args, device)
+    require(sha256(path).startswith(settings["file"]), f"{path} was replaced while it was read: try again")
+    sampling["solver_steps"] = sampling.pop("steps")
+    settings = sampling | settings
     key = {name: str(value) for name, value in settings.items()}
     table = Path(path).with_name("fid.csv")
     known = False

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (RANK, WORLD, Codec, FileError, PatchPCA, UserError, gather,
+from data import (RANK, WORLD, Codec, FileError, PatchPCA, UserError, first_decides, gather,
                   in_short, my_batches, new_file, new_parser, open_vavae, print0, read_tensors, reading,
                   require, run, seed_of, setup, writing)
 from model import TABLES, build, from_published
@@ -403,6 +403,8 @@ def open_sampler(path, args, device, picture=False):
     of generate(), settings: what makes the samples). picture: by default of the first 8 classes."""
     checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     config, names = checkpoint.config, checkpoint.classes
+    require(first_decides(checkpoint.step) == checkpoint.step,
+            f"{path} was replaced while it was read: try again")
     require(checkpoint.codec.can_decode, f"{path}: latents need --tokenizer FILE to become images")
     classes = list(range(len(names)))
     if args.classes:

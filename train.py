@@ -159,7 +159,7 @@ FLAGS = f"""
 
 # What a resumed run must share with its checkpoint. All else may change; changes are printed.
 FIXED = ("model target space loss data_fingerprint shape num_classes batch_size seed flip qk_norm ema "
-         "t_mean t_std noise_scale tau label_drop init k_start").split()
+         "t_mean t_std noise_scale tau label_drop k_start").split()
 
 def train(state, data, args):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every
@@ -235,6 +235,10 @@ def main():
     config = make_config(args, data, codec, device)
     k_start = 0.5
     new = not first_decides((args.out / "ckpt.pt").exists())
+    if new:
+        require(not args.init or Path(args.init).is_file(), f"--init {args.init}: no such file")
+        require(not any(args.out.glob("ckpt-*.pt")), f"--out {args.out} contains checkpoints of another run: "
+                "name another --out")
     if args.dry_run or new:                                # a resumed run knows its k
         k_start = foretell(args, config, data, codec)
     # the network, and what it costs
@@ -367,7 +371,9 @@ def resume(args, state):
         require(before.get(key) == config[key],
                 f"--out {args.out} contains a run with {key} {before.get(key)}, not {config[key]}: "
                 f"name another --out, or remove it (--init {path} starts from its weights)")
-    config["k_of_theory"] = before.get("k_of_theory")
+    require(before.get("init") or not args.init, f"--out {args.out} contains a run that did not start from "
+            f"--init {args.init}: name another --out")
+    config["init"], config["k_of_theory"] = before.get("init"), before.get("k_of_theory")
     for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "k_given", "label_shape"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
@@ -504,7 +510,6 @@ def fill_in(args):
             f"--cfg {args.cfg} has no effect with --label_drop 0: guidance needs images without a label")
     require(args.steps or args.epochs, "--epochs 0: there is nothing to do")
     require(args.noise_scale and args.t_std, "--noise_scale and --t_std must be above 0")
-    require(not args.init or Path(args.init).is_file(), f"--init {args.init}: no such file")
     require(args.tau or at_0, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
 
 def fill(args, **values):
