@@ -270,7 +270,8 @@ class ImageFolder(Dataset):
         return image.contiguous(), int(self.labels[i])
 
     def fingerprint(self):
-        return digest(self.image_size, self.paths.tobytes(), super().fingerprint())
+        sizes = [os.path.getsize(self.path(i)) for i in range(self.n)]
+        return digest(self.image_size, self.paths.tobytes(), sizes, super().fingerprint())
 
     def content(self, i):
         with reading(self.path(i), "readable"):
