@@ -304,6 +304,13 @@ def open_safetensors(path):
             arrays[name] = Memmap(path, dtype, "r", 8 + length + begin, shape)   # fails past the end
     return arrays, metadata
 
+def as_tensor(array):
+    """A copy in memory of an array of open_safetensors()."""
+    tensor = torch.from_numpy(np.array(array))
+    if tensor.dtype == torch.uint16:
+        return tensor.view(torch.bfloat16)
+    return tensor
+
 def begin_safetensors(file, classes, **arrays):
     """Write the header of a .safetensors file with these arrays, each (dtype, shape), and class
     names. Returns {name: position}, for append() to write the arrays bit by bit."""
@@ -343,9 +350,7 @@ def read_tensors(path, mmap=False):
     if str(path).endswith(".safetensors"):
         tensors = {}
         for name, array in open_safetensors(path)[0].items():
-            tensors[name] = torch.from_numpy(np.array(array))
-            if array.dtype == np.uint16:
-                tensors[name] = tensors[name].view(torch.bfloat16)
+            tensors[name] = as_tensor(array)
         return tensors
     with reading(path, "a file of plain tensors"), torch.serialization.safe_globals([argparse.Namespace]):
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -377,7 +382,9 @@ class Stored(Dataset):
             if "images" not in self.files[0]:
                 self.kind, names = "latents", ["latents", "latents_flip"]
             with reading(file, "a file of `python data.py`, or a shard that fits the others"):
-                if metadata.get("classes") != open_safetensors(paths[0])[1].get("classes"):
+                if file == paths[0]:
+                    names_of_classes = metadata.get("classes")
+                if metadata.get("classes") != names_of_classes:
                     raise ValueError("other classes")
                 kinds = {"images": ("u1",), "latents": ("f2", "f4", "u2")}[self.kind]        # u2 is bfloat16
                 if arrays["labels"].dtype.kind != "i" or arrays[names[0]].dtype.str[1:] not in kinds:
@@ -405,9 +412,7 @@ class Stored(Dataset):
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
         arrays = self.files[number]
         i = i - self.starts[number]
-        tensor = torch.from_numpy(np.array(arrays[name or self.kind][i]))
-        if tensor.dtype == torch.uint16:
-            tensor = tensor.view(torch.bfloat16)
+        tensor = as_tensor(arrays[name or self.kind][i])
         if self.kind == "latents":
             tensor = tensor.float()
         return tensor, int(arrays["labels"][i])

@@ -23,10 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (RANK, Dataset, ImageFolder, Memmap, Stored, UserError, all_reduce, download, first_decides,
-                  my_batches, new_file, new_parser, open_dataset, open_safetensors, print0, read_items,
-                  read_tensors, reading,
-                  require, run, setup)
+from data import (RANK, Dataset, FileError, ImageFolder, Memmap, Stored, UserError, all_reduce, download,
+                  first_decides, my_batches, new_file, new_parser, open_dataset, open_safetensors, print0,
+                  read_items, read_tensors, reading, require, run, setup)
 from sample import SAMPLER, append_row, open_sampler, read_rows
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -335,7 +334,8 @@ def measure(path, args, extractor, reference, device):
         file = getattr(args, name)
         settings[name] = sha256(file)[:16] if file else ""
     checkpoint, classes, how, sampling = open_sampler(path, args, device)
-    require(sha256(path).startswith(settings["file"]), f"{path} was replaced while it was read: try again")
+    if not sha256(path).startswith(settings["file"]):             # perhaps on this process alone
+        raise FileError(f"{path} was replaced while it was read: try again")
     sampling["solver_steps"] = sampling.pop("steps")
     settings = sampling | settings
     key = {name: str(value) for name, value in settings.items()}

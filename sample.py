@@ -403,8 +403,8 @@ def open_sampler(path, args, device, picture=False):
     of generate(), settings: what makes the samples). picture: by default of the first 8 classes."""
     checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     config, names = checkpoint.config, checkpoint.classes
-    require(first_decides(checkpoint.step) == checkpoint.step,
-            f"{path} was replaced while it was read: try again")
+    if first_decides(checkpoint.step) != checkpoint.step:              # on this process alone
+        raise FileError(f"{path} was replaced while it was read: try again")
     require(checkpoint.codec.can_decode, f"{path}: latents need --tokenizer FILE to become images")
     classes = list(range(len(names)))
     if args.classes:
