@@ -81,15 +81,18 @@ class Dataset(torch.utils.data.Dataset):
 # Signed distance of (x, y), at radius r, to the outline of a shape of radius about 1. It is
 # negative inside.
 def cross(x, y, r):
+    """Two bars: the bars without end, cut off at 1."""
     bars = np.minimum(abs(x), abs(y)) - 0.28
     return np.maximum(np.maximum(abs(x), abs(y)) - 1, bars)
 
 def star(x, y, r):
+    """Five tips: folded at tips and notches, a star is one line."""
     tenth = np.pi / 5                                    # the angle from a tip to a notch
     angle = abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
-    return r * np.sin(0.4 + angle) - 1.1 * np.sin(0.4)   # folded at tips and notches, a star is one line
+    return r * np.sin(0.4 + angle) - 1.1 * np.sin(0.4)
 
 def ellipse(x, y, r):
+    """Its equation, divided by its slope: near the outline this is the distance."""
     steep = np.hypot(x / 1.1 ** 2, y / 0.5 ** 2)
     return ((x / 1.1) ** 2 + (y / 0.5) ** 2 - np.hypot(x / 1.1, y / 0.5)) / steep.clip(1e-9)
 
@@ -141,9 +144,8 @@ class Shapes(Dataset):
 
 class Fashion(Dataset):
     """Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747; MIT licence): 10 kinds of clothes
-    in grey. The 60,000 for training, 28 px, padded with black. They are read from `folder`,
-    which is by default the one of Debian's package dataset-fashion-mnist, or else our cache, to
-    which they are downloaded once.
+    in grey. The 60,000 for training, 28 px, padded with black. They are read from the folder of
+    Debian's package dataset-fashion-mnist, or else from our cache, to which they are downloaded once.
     item: (uint8 (3, image_size, image_size), label)."""
     classes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
     url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -152,9 +154,9 @@ class Fashion(Dataset):
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"}
 
-    def __init__(self, image_size=32, folder=None):
+    def __init__(self, image_size=32):
         require(image_size >= 28, f"--image_size {image_size}: --data fashion has 28 px, which are padded")
-        pixels, labels = (self.read(name, folder) for name in self.sha256)
+        pixels, labels = map(self.read, self.sha256)
         before = (image_size - 28) // 2
         around = before, image_size - 28 - before
         self.pixels = np.pad(pixels[16:].reshape(-1, 28, 28), ((0, 0), around, around))
@@ -164,11 +166,10 @@ class Fashion(Dataset):
     def item(self, i):
         return torch.from_numpy(self.pixels[i]).expand(3, -1, -1), int(self.labels[i])
 
-    def read(self, name, folder):
+    def read(self, name):
         """The bytes of a file. FileError if they are not the published ones."""
-        path = Path(folder or self.places[0], f"{name}.gz")
-        if not (folder or path.is_file()):
-            path = Path(self.places[1], f"{name}.gz").expanduser()
+        paths = [Path(place, f"{name}.gz").expanduser() for place in self.places]
+        path = next(filter(Path.is_file, paths), paths[-1])
         if not path.is_file():
             download(self.url + path.name, path, f"; fetch it elsewhere and put it at {path}")
         with reading(path, "Fashion-MNIST"):
@@ -348,10 +349,7 @@ def read_tensors(path, mmap=False):
     processes share one copy."""
     require(os.path.isfile(path), f"{path}: no such file")
     if str(path).endswith(".safetensors"):
-        tensors = {}
-        for name, array in open_safetensors(path)[0].items():
-            tensors[name] = as_tensor(array)
-        return tensors
+        return {name: as_tensor(array) for name, array in open_safetensors(path)[0].items()}
     with reading(path, "a file of plain tensors"), torch.serialization.safe_globals([argparse.Namespace]):
         file = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(file, dict):
@@ -374,31 +372,30 @@ class Stored(Dataset):
 
     def __init__(self, path):
         paths = sorted(Path(path).glob("*.safetensors")) or [path]
-        self.files = []
-        for file in paths:
-            arrays, metadata = open_safetensors(file)
-            self.files.append(arrays)
-            self.kind, names = "images", ["images"]
-            if "images" not in self.files[0]:
-                self.kind, names = "latents", ["latents", "latents_flip"]
+        opened = [open_safetensors(file) for file in paths]
+        self.files = [arrays for arrays, _ in opened]
+        metadata = opened[0][1]
+        self.kind, names, dtypes = "images", ["images"], "u1"
+        if "images" not in self.files[0]:
+            self.kind, names, dtypes = "latents", ["latents", "latents_flip"], "f2 f4 u2"     # u2: bfloat16
+        for file, (arrays, about) in zip(paths, opened):
             with reading(file, "a file of `python data.py`, or a shard that fits the others"):
-                if file == paths[0]:
-                    names_of_classes = metadata.get("classes")
-                if metadata.get("classes") != names_of_classes:
-                    raise ValueError("other classes")
-                kinds = {"images": ("u1",), "latents": ("f2", "f4", "u2")}[self.kind]        # u2 is bfloat16
-                if arrays["labels"].dtype.kind != "i" or arrays[names[0]].dtype.str[1:] not in kinds:
-                    raise ValueError(f"labels {arrays['labels'].dtype}, {names[0]} {arrays[names[0]].dtype}")
-                shape = arrays["labels"].shape + self.files[0][self.kind].shape[1:]
+                labels = arrays["labels"]
+                shape = labels.shape + self.files[0][self.kind].shape[1:]
+                if labels.dtype.kind != "i" or len(shape) != 4:
+                    raise ValueError(f"labels {labels.dtype}, {self.kind} of shape {shape}")
                 for name in names:
-                    if len(shape) != 4 or arrays[name].shape != shape:
-                        raise ValueError(f"{name} {arrays[name].shape}, labels {arrays['labels'].shape}")
+                    array = arrays[name]
+                    if array.shape != shape or array.dtype.str[1:] not in dtypes:
+                        raise ValueError(f"{name} {array.dtype} {array.shape}, labels {labels.shape}")
+                if about.get("classes") != metadata.get("classes"):
+                    raise ValueError("other classes")
         self.shape = shape[1:]
-        labels = np.concatenate([arrays["labels"] for arrays in self.files])
-        self.starts = np.cumsum([0] + [len(arrays["labels"]) for arrays in self.files])
-        self.n = len(labels)
+        labels = [arrays["labels"] for arrays in self.files]
+        self.starts = np.cumsum([0, *map(len, labels)])
+        self.n = int(self.starts[-1])
         require(self.n, f"{path}: contains no items")
-        self.classes = class_names(metadata, labels, path)
+        self.classes = class_names(metadata, np.concatenate(labels), path)
         if self.kind == "latents":
             file = Path(path, "latents_stats.pt")                      # written last: the folder is complete
             statistics = read_tensors(file)

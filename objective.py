@@ -7,7 +7,7 @@
     loss      |v^ - v|^2 = |u^ - u|^2 / Delta^2                                           Eq. (15)
 
 The method is target "k": c = k, d = -(1-k), and k is trained with the network. Equations, tables and theorems
-are those of the paper, arXiv 2601.21419. `python objective.py` checks its theory, and more: a linear network
+are those of the paper, arXiv 2601.21419. `python objective.py` checks its theory, and more: linear networks
 and k, trained together, converge to closed forms.
 """
 import math
@@ -70,6 +70,7 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
+    # b and a are clamped like Delta: so the x-loss of target x, whose Delta is b, is its u-loss
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -184,12 +185,6 @@ class KDiff(nn.Module):
             learned["k_max"] = k.max()
         return learned
 
-def ends(target):
-    """Delta of a target's first w at t = 0 and at t = 1, where sampling may divide by it."""
-    kdiff = KDiff(None, target, num_classes=0, channels=1)
-    c, d = kdiff.coefficients(torch.tensor([0.0, 1.0]))
-    return c[0].item(), -d[1].item()
-
 # ---- Theory (Sec. 3). Data fill d of D dimensions; one linear layer u^ = W z serves all times. -----
 
 def optimal_k(d, D):
@@ -301,64 +296,42 @@ def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0, points
     across = mean(d*d) - mean(b*d) ** 2 / mean(b*b)
     return dim * along + (ambient_dim - dim) * across
 
-class Linear(nn.Linear):
-    """Eq. (2): u^ = W z for all t, as a network that KDiff can train. W (D, D) is its weight."""
+# Uniform times have this mean and this variance, and the u-loss of one linear layer is quadratic in t:
+# two times are as good as all.
+UNIFORM = torch.tensor([0.5 - 12 ** -0.5, 0.5 + 12 ** -0.5])
 
-    def forward(self, z, t, y):
-        """u^ like z (N, D, 1, 1). t and y are not used."""
-        return super().forward(z.flatten(1)).view_as(z)
-
-def train_linear(variances, target="k", steps=2000, batch=512, rate=0.5, k_rate=4.0, seed=0):
-    """Train the linear layer and its target by gradient descent on the u-loss with uniform times.
-    variances (D,): of the data along each axis, in units of the noise's variance. A plane of Theorem
-    3.2 is ones and zeros; how the axes are turned changes nothing. If k is learned, rates fall
-    over the last half. Returns (kdiff, mean loss of the last quarter, summed over the D axes)."""
-    g = torch.Generator().manual_seed(seed)
-    D = len(variances)
-    scale = torch.as_tensor(variances, dtype=torch.float32).sqrt().view(D, 1, 1)
-    kdiff = KDiff(Linear(D, D, bias=False), target, num_classes=0, loss="u", channels=D)
-    W = nn.init.zeros_(kdiff.net.weight)
-    rates = {W: rate * D / 2}                    # the loss is a mean over D: its gradient is 2/D small
-    fall = 1.0
-    losses = []
-    for step in range(steps):
-        x = scale * torch.randn(batch, D, 1, 1, generator=g)
-        t = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch        # uniform, one in each slot
-        e = torch.randn(x.shape, generator=g)
-        loss = kdiff.loss(x, None, t, e)
-        loss.backward()
-        if kdiff.w is not None:
-            rates[kdiff.w] = k_rate
-            fall = min(1.0, 2 - 2 * step / steps)
-        for parameter, own_rate in rates.items():
-            parameter.data -= fall * own_rate * parameter.grad
-            parameter.grad = None
-        losses.append(loss.item() * D)
-    last = losses[-steps // 4:]
-    return kdiff, sum(last) / len(last)
-
-def train_blind(S, t_mean=-0.8, t_std=0.8, points=24, steps=2000):
-    """Descend the expected v-loss of blind linear networks V(t), with a k for each coordinate,
-    on data of covariance S (D, D) and noise of variance 1. Returns k (D,)."""
-    t = even_times(t_mean, t_std, points).float().view(-1, 1, 1)
+def expected_loss(W, k, S, t, loss="u"):
+    """The mean loss of linear networks u^ = W z, summed over the D coordinates, for data of
+    covariance S (D, D), noise of variance 1, and times t (points,). W (D, D), or (points, D, D): a
+    network for each time. k: a number, or (D, 1): one for each coordinate."""
+    t = t.view(-1, 1, 1)
     eye = torch.eye(len(S))
-    W = torch.zeros(points, *S.shape, requires_grad=True)
-    w = torch.zeros(len(S), 1, requires_grad=True)
-    optimizer = torch.optim.Adam([W, w], lr=0.03)
+    # the error W z - u is A x + B e: its mean square is the diagonal of A S A^T + B B^T
+    A = t * W - k * eye
+    B = (1 - t) * W + (1 - k) * eye
+    square = (A @ S * A + B * B).sum(2, keepdim=True)              # (points, D, 1)
+    scale = error_scale(loss, *blend(k), t, tau=0)
+    return (square * scale ** 2).mean(0).sum()
+
+def descend(S, t, loss="u", blind=False, each=False, steps=800):
+    """Train linear networks and k together, by gradient descent on expected_loss(). Either one
+    network for all times, or blind ones for each time, whose output i does not see input i. each: a
+    k for each coordinate. Returns (k (D,) or (1,), the loss)."""
+    W = torch.zeros(S.shape, requires_grad=True)
+    seen = torch.ones(S.shape)
+    if blind:
+        W = torch.zeros(len(t), *S.shape, requires_grad=True)
+        seen = 1 - torch.eye(len(S))
+    w = torch.zeros(len(S) if each else 1, 1, requires_grad=True)
+    optimizer = torch.optim.Adam([W, w], lr=0.3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        V = W * (1 - eye)                                          # output i does not see input i
-        k = torch.sigmoid(w)
-        # the error u - V z is A x + B e: its expected square is the diagonal of A S A^T + B B^T
-        A = k * eye - t * V
-        B = (k - 1) * eye - (1 - t) * V
-        square = (A @ S * A + B * B).sum(2, keepdim=True)          # (points, D, 1)
-        loss = (square / (k * (1 - t) + (1 - k) * t) ** 2).mean()
         optimizer.zero_grad()
-        loss.backward()
+        value = expected_loss(W * seen, torch.sigmoid(w), S, t, loss)
+        value.backward()
         optimizer.step()
         schedule.step()
-    return torch.sigmoid(w.detach()).flatten()
+    return torch.sigmoid(w.detach()).flatten(), value.item()
 
 def show(name, values, digits=3):
     """Print numbers in columns."""
@@ -369,48 +342,54 @@ def check_theorem(D=64):
     print("Theorem 3.2. A linear layer and k, trained together by gradient descent on the u-loss\n")
     print("   D    d   k learned   D/(D+d)   loss reached   by Eq. (12): along the data + across")
     for d in (64, 32, 16, 8, 1):
-        kdiff, loss = train_linear([1.0] * d + [0.0] * (D - d))
-        learned = kdiff.ks()["k"]
+        S = torch.diag((torch.arange(D) < d).float())              # how the axes are turned changes nothing
+        learned, loss = descend(S, UNIFORM)
         k = optimal_k(d, D)
         along = optimal_loss(k, k - 1, d, d)
         across = optimal_loss(k, k - 1, 0, D - d)
-        print(f"{D:4} {d:4} {learned:11.3f} {k:9.3f} {loss:14.3f} {along + across:14.3f} = "
+        print(f"{D:4} {d:4} {learned.item():11.3f} {k:9.3f} {loss:14.3f} {along + across:14.3f} = "
               f"{along:.3f} + {across:.3f}")
 
 def check_modes(k=0.8, rate=0.05):
     """Eqs. (8)-(11): the layer's weight along the data and across, on its way, next to two
     exponentials."""
     print(f"\nEqs. (8)-(11). Both modes of the layer on their way, for k = {k} fixed\n")
-    for n in (10, 40, 160):
-        kdiff, _ = train_linear([1.0] * 8 + [0.0] * 8, k, steps=n, batch=2048, rate=rate)
-        W = kdiff.net.weight.detach().diag()
-        along = (1.5 * k - 0.75) * (1 - math.exp(-rate * n * 2 / 3))
-        across = (1.5 * k - 1.5) * (1 - math.exp(-rate * n / 3))
-        print(f"   step {n:3}: along {W[:8].mean():.3f}, theory {along:.3f}; "
-              f"across {W[8:].mean():.3f}, theory {across:.3f}")
+    S = torch.diag(torch.tensor([1.0, 0.0]))
+    W = torch.zeros(2, 2, requires_grad=True)
+    for n in range(1, 161):
+        expected_loss(W, k, S, UNIFORM).backward()
+        W.data -= rate / 2 * W.grad
+        W.grad = None
+        if n in (10, 40, 160):
+            along = (1.5 * k - 0.75) * (1 - math.exp(-rate * n * 2 / 3))
+            across = (1.5 * k - 1.5) * (1 - math.exp(-rate * n / 3))
+            print(f"   step {n:3}: along {W[0, 0]:.3f}, theory {along:.3f}; "
+                  f"across {W[1, 1]:.3f}, theory {across:.3f}")
 
 def check_spectrum():
     """One k for each direction, and one for all, when directions differ in variance."""
     variances = torch.tensor([4, 4, 1, 0.3, 0.1, 0.01, 0, 0])
-    kdiff, _ = train_linear(variances, "channel", steps=6000, k_rate=16.0)
+    learned, _ = descend(torch.diag(variances), UNIFORM, each=True)
     print("\nThe spectrum. One k for each direction, for data of any covariance: 1 / (1 + s^2)\n")
     show("s^2", variances, 2)
-    show("learned", torch.sigmoid(kdiff.w.detach()).flatten())
+    show("learned", learned)
     show("theory", k_of_direction(variances))
     print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise moves it like more pixels\n")
     for sigma in (0.7, 1, 2):
-        kdiff, _ = train_linear(variances / sigma ** 2, rate=0.25)
-        learned = kdiff.ks()["k"]
-        k = optimal_k(variances.sum().item() / sigma ** 2, len(variances))
-        print(f"   noise of standard deviation {sigma:3}: learned {learned:.3f}, theory {k:.3f}")
+        S = torch.diag(variances / sigma ** 2)
+        learned, _ = descend(S, UNIFORM)
+        k = optimal_k(S.trace().item(), len(S))
+        print(f"   noise of standard deviation {sigma:3}: learned {learned.item():.3f}, theory {k:.3f}")
 
-def check_blind_spot():
+def check_blind_spot(points=24):
     """The theorem of k_of_innovation on a random covariance."""
     print("\nThe blind-spot theorem (k_of_innovation): v-loss, data of any covariance\n")
     root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     x = torch.cat([root, -root]) * math.sqrt(11 / 2)               # 12 points of covariance root^T root
-    show("descent", train_blind(root.T @ root), 4)
-    show("theory", k_of_innovation(x.view(12, 6, 1, 1), -0.8, 0.8, points=24), 4)
+    t = even_times(-0.8, 0.8, points).float()
+    learned, _ = descend(root.T @ root, t, "v", blind=True, each=True)
+    show("descent", learned, 4)
+    show("theory", k_of_innovation(x.view(12, 6, 1, 1), -0.8, 0.8, points=points), 4)
 
 def main():
     """Check the theorems by gradient descent. Print theory next to measurement."""

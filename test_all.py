@@ -31,6 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")      # threads that wait by spinning make a shared machine crawl
+os.environ["CUDA_VISIBLE_DEVICES"] = ""            # equal to the last bit is a claim about CPUs
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ from data import Codec, ImageFolder, PatchPCA, Shapes, UserError, open_dataset, 
 from examples.losses import logit_normal
 from examples.unet import UNet
 from model import VAVAE
-from objective import KDiff, innovation, k_of_innovation, optimal_loss, train_linear
+from objective import KDiff, innovation, k_of_innovation, optimal_loss
 from sample import guided, integrate, load, read_log
 
 HERE = Path(__file__).parent
@@ -105,9 +106,6 @@ def test_one_clamp_bounds_loss_and_velocity():
         assert_close(loss, expected.square().mean())
     velocity = KDiff(None, "x", num_classes=10).velocity(u, x, torch.ones(1))
     assert_close(velocity, (u - x) / 0.05)
-    # Delta at t = 0 and at t = 1, where 0 needs the clamp
-    assert [objective.ends(target) for target in ("x", "eps", "v")] == [(1, 0), (0, 1), (1, 1)]
-    assert objective.ends(0.3) == approx((0.3, 0.7))
 
 def test_order_is_one_permutation_after_the_other():
     """Batches of 8 of 11 images are positions in a chain of permutations, from any start, on any process."""
@@ -533,11 +531,11 @@ def test_without_a_compiler_networks_stay_eager(monkeypatch, capsys):
     def broken(*args, **how):
         raise RuntimeError("no compiler\nfound")
     monkeypatch.setattr(torch, "compile", broken)
-    net = objective.Linear(4, 4)
+    net = nn.Linear(4, 4)
     sample.compile_network(net)
     said = capsys.readouterr().out
     assert "not compiled" in said and said.count("\n") == 1
-    assert net(torch.ones(1, 4, 1, 1), None, None).shape == (1, 4, 1, 1)
+    assert net(torch.ones(1, 4)).shape == (1, 4)
 
 def test_names_carry_the_patch_and_keywords_win():
     """Any number after the slash is a patch, keywords override the table, errors name what is wrong."""
@@ -606,10 +604,8 @@ def test_eq_12_equals_monte_carlo():
 
 def test_objective_py_prints_theory_next_to_measurement(monkeypatch, capsys):
     """In few steps: k and loss for each d of D = 64, modes of W, k of a spectrum, of blind networks."""
-    def quickly(variances, target="k", steps=2000, **how):
-        return train_linear(variances, target, min(steps, 400), **{"batch": 128} | how)
-    monkeypatch.setattr(optimal_loss, "__defaults__", (*optimal_loss.__defaults__[:-1], 2000))
-    monkeypatch.setattr(objective, "train_linear", quickly)
+    for function, fewer in ((optimal_loss, 2000), (objective.descend, 150)):    # points; steps
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], fewer))
     objective.main()
     said = capsys.readouterr().out
 
@@ -620,17 +616,17 @@ def test_objective_py_prints_theory_next_to_measurement(monkeypatch, capsys):
     expected = d * (k ** 2 + (1 - k) ** 2 - 1.5 * (k - 0.5) ** 2) + (64 - d) * (1 - k) ** 2 / 4
     assert [*d] == [64, 32, 16, 8, 1]
     assert [*theorem, *eq_12] == approx([*k, *expected], abs=1e-3)
-    assert [*learned, *loss] == approx([*k, *expected], abs=0.03, rel=0.06)
+    assert [*learned, *loss] == approx([*k, *expected], abs=0.03)
     # both modes grow towards Eq. (11), here 0.45 and -0.3, at the rates <a^2 + b^2> = 2/3 and <b^2> = 1/3
     measured, theory = np.array(re.findall(r"(\S+), theory (-?\d\.\d+)", said), float).T
     assert theory[:6:2] == approx(0.45 * (1 - np.exp([-1 / 3, -4 / 3, -16 / 3])), abs=1e-3)
     assert len(theory) == 9                                                 # and of three louder noises
-    assert measured == approx(theory, abs=0.03)
+    assert measured == approx(theory, abs=4e-3)
     # one k for each direction; then of blind networks
     learned, theory, blind, formula = rows("^ +(?:learned|theory|descent) +(.*)")
     assert theory == approx([0.2, 0.2, 0.5, 0.769, 0.909, 0.990, 1, 1], abs=1e-3)
     assert learned == approx(theory, abs=0.05)
-    assert blind == approx(formula, abs=1e-3)
+    assert blind == approx(formula, abs=2e-4)
 
 def test_both_ways_to_the_innovation_agree_on_stationary_data(monkeypatch):
     """And with the closed form 1 / <1 / (S_f + n)> - n. Shapes are not stationary: there they differ."""
@@ -1126,8 +1122,7 @@ def test_a_run_is_known_by_its_data_and_belongs_to_one_process(call, monkeypatch
         with raises(UserError, match="a.png: another process"), data.new_file("a.png"):
             pass
     Image.new("RGB", (16, 16)).save("photos/5.png")
-    assert "data_fingerprint" in call(words + run, status=2)
-    assert "writes to out/pixel-photos-2\n" in call(words, "--dry_run")
+    assert "data_fingerprint" in call(words, status=2)
 
 def test_k_starts_where_it_is_told(call):
     """A number, or the k foretold; it stays there without a rate; the config has what was foretold."""
@@ -1683,7 +1678,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"config": {}, "data": Payload()}, "a.pt")
     payload = np.array([Payload()], dtype=object)
-    np.save("b.npy", payload, allow_pickle=True)
+    np.save("b.npy", payload)
     np.savez("c.npz", mu=payload, sigma=SIGMA)
     for path, opener, how in (
             ("a.pt", load, None), ("b.npy", open_dataset, 9), ("c.npz", fid.load_reference, "pixels")):

@@ -29,7 +29,7 @@ from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, User
                   open_dataset, open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of,
                   setup, some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
-from objective import EXACT, LOSSES, TARGETS, KDiff, by_eigenvalues, ends, k_of_innovation, target_row
+from objective import EXACT, LOSSES, TARGETS, KDiff, by_eigenvalues, k_of_innovation, target_row
 from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state,
                     compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
                     read_checkpoint, read_log, read_rows, save_picture, write_rows)
@@ -443,17 +443,17 @@ def parse(argv=None):
     args.guided = typed.cfg is not None
     args.k_given = typed.k_start is not None
     try:
-        learns = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=1).w is not None
+        kdiff = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=1)
     except ValueError as error:
         raise UserError(f"--target: {error}") from error
     # flags without effect are refused; of steps and epochs, yours comes before the preset's
     for name in ("k_start", "k_lr"):
-        require(learns or getattr(typed, name) is None,
+        require(kdiff.w is not None or getattr(typed, name) is None,
                 f"--{name} has no effect on --target {args.target}, where nothing is learned")
     require(typed.steps is None or typed.epochs is None, "--epochs has no effect next to --steps")
     if typed.epochs is not None:
         args.steps = None
-    fill_in(args)
+    fill_in(args, kdiff)
     return args
 
 def choose_preset(args):
@@ -481,8 +481,8 @@ def preset_flags(preset, space):
             words += name + values
     return words
 
-def fill_in(args):
-    """Set what follows from other flags. UserError for what cannot work."""
+def fill_in(args, kdiff):
+    """Set what follows from other flags. UserError for what cannot work. kdiff: of the target."""
     latent = args.space == "latent"
     require(latent or not args.tokenizer, "--tokenizer has no effect in pixel space")
     if not args.model:
@@ -497,8 +497,8 @@ def fill_in(args):
         args.model += f"/{patch}"
     require(not (args.qk_norm and args.model.startswith("JiT")),
             "--qk_norm has no effect on JiT, which has it always")
-    at_0, at_1 = ends(args.target)                         # 0 if Delta vanishes there
-    if at_0 and at_1:
+    c, d = kdiff.coefficients(torch.tensor([0.0, 1.0]))    # Delta is c at t = 0 and -d at t = 1
+    if c[0] and d[1]:
         fill(args, tau=0.0)
     fill(args, tau=0.05, noise_scale=args.image_size / 256)
     require(args.k_start == "data" or re.fullmatch(r"0?\.\d*[1-9]\d*", args.k_start),
@@ -510,7 +510,7 @@ def fill_in(args):
             f"--cfg {args.cfg} has no effect with --label_drop 0: guidance needs images without a label")
     require(args.steps or args.epochs, "--epochs 0: there is nothing to do")
     require(args.noise_scale and args.t_std, "--noise_scale and --t_std must be above 0")
-    require(args.tau or at_0, f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
+    require(args.tau or c[0], f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
 
 def fill(args, **values):
     """Set the flags that were not given."""
@@ -605,26 +605,12 @@ def make_config(args, data, codec, device):
     if not args.guided and (len(data.classes) == 1 or args.label_drop == 0):
         config["cfg"] = 1.0                                # there is nothing to guide away from
     # where it writes: not among the pictures that it reads
-    args.out = Path(args.out or free_folder(args, config["data_fingerprint"]))
+    words = [args.space, Path(args.data).resolve().stem, args.target]
+    name = "-".join(word for word in words if word not in ("shapes", "k"))
+    args.out = Path(args.out or f"out/{name}")
     config["out"] = str(args.out)
     keep_outside(args.out, args.data)
     return config
-
-def free_folder(args, fingerprint):
-    """The default of --out: a name made of space, data and target that no run on other data has."""
-    words = [args.space, Path(args.data).resolve().stem, args.target]
-    name = "-".join(word for word in words if word not in ("shapes", "k"))
-    number, path = 1, Path("out", name, "ckpt.pt")
-    while first_decides(path.exists() and fingerprint_of(path) != fingerprint):
-        print0(f"{path.parent} contains a run on other data; --init {path} would start from its weights")
-        number += 1
-        path = Path("out", f"{name}-{number}", "ckpt.pt")
-    return path.parent
-
-def fingerprint_of(path):
-    """That of the data of a run, from its checkpoint. None if the file is damaged, or something else."""
-    with suppress(UserError, KeyError, TypeError):
-        return read_tensors(path, mmap=True)["config"]["data_fingerprint"]
 
 def foretell(args, config, data, codec):
     """Print the k that the spectrum of the data foretells. Returns where k starts, as --k_start says."""
