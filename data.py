@@ -465,7 +465,7 @@ def read_items(data, indices):
 def some_items(data, n=4096):
     """Up to n items as one tensor (n, ...), fewer if they are large. Drawn from all data,
     always the same."""
-    n = max(1, min(n, len(data), 2 ** 27 // data[0][0].numel()))
+    n = max(1, min(n, len(data), 2 ** 26 // data[0][0].numel()))
     batch = next(batch_indices(len(data), n, 0, 0, 1))
     return read_items(data, [i for _, i in batch])[0]
 

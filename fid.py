@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import (RANK, Dataset, FileError, ImageFolder, Memmap, Stored, UserError, all_reduce, download,
+from data import (RANK, Dataset, FileError, ImageFolder, Stored, UserError, all_reduce, download,
                   first_decides, my_batches, new_file, new_parser, open_dataset, open_safetensors, print0,
                   read_items, read_tensors, reading, require, run, setup)
 from sample import SAMPLER, append_row, open_sampler, read_rows
@@ -171,19 +170,16 @@ WEIGHTS = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"    
 URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
        "pt_inception-2015-12-05-6726825d.pth")
 
-def make_extractor(features="inception", weights=None, device="cpu", any_weights=False):
-    """Pixels, or Inception with the published weights, downloaded once a machine.
-    UserError for others."""
+def make_extractor(features="inception", weights=None, device="cpu"):
+    """Pixels, or Inception with the weights in a file: by default the published ones, downloaded
+    once a machine."""
     if features == "pixels":
         return Pixels().to(device)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name))
     if not weights and not path.exists():
         download(URL, path, f"; fetch it elsewhere and put it at {path}, or name it with --weights",
                  hash_prefix=WEIGHTS)
-    network = Inception(path)
-    require(any_weights or network.sha256 == WEIGHTS, f"{path}: not FID's weights ({URL}), its sha256 is "
-            f"{network.sha256}; --any_weights takes them, for a number that compares with nothing")
-    return network.to(device)
+    return Inception(path).to(device)
 
 def sha256(path):
     """The file's hash, hexadecimal."""
@@ -193,29 +189,19 @@ def sha256(path):
 # ---- What is measured --------------------------------------------------------------------------------------
 
 class NpzImages(Dataset):
-    """The images in arr_0 of an .npz, uint8 (N, H, W, 3), memory-mapped unless they are compressed."""
+    """The images in arr_0 of an .npz, uint8 (N, H, W, 3), and what `python sample.py` writes with
+    them: settings, a dict."""
 
     def __init__(self, path):
-        with reading(path, "an .npz of images"), zipfile.ZipFile(path) as archive:
-            member = archive.getinfo("arr_0.npy")
-            with open(path, "rb") as file:
-                file.seek(member.header_offset + 26)      # the lengths of two fields before the content
-                file.seek(int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little"), 1)
-                if member.compress_type == zipfile.ZIP_STORED:
-                    np.lib.format.read_magic(file)
-                    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-                    self.images = Memmap(path, dtype, "r", file.tell(), shape, "F" if by_columns else "C")
-                else:
-                    self.images = np.load(path, allow_pickle=False)["arr_0"]
+        with reading(path, "an .npz of images"), np.load(path) as file:          # nothing is unpickled
+            self.images = file["arr_0"]
+            self.settings = json.loads(str(file.get("settings", "null")))
             self.n = len(self.images)
             if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
                 raise ValueError(f"arr_0 is {self.images.dtype} {self.images.shape}")
-            self.settings = None
-            if "settings.npy" in archive.namelist():
-                self.settings = json.loads(str(np.load(path, allow_pickle=False)["settings"]))
 
     def item(self, i):
-        return torch.from_numpy(np.array(self.images[i])).permute(2, 0, 1), 0
+        return torch.from_numpy(self.images[i]).permute(2, 0, 1), 0
 
 def open_samples(path):
     """The Dataset of images in a folder (not cropped), a packed file or an .npz. UserError
@@ -250,7 +236,7 @@ def load_reference(path, features="inception"):
     """The Reference in an .npz, published or of --make_ref. UserError if it is of other
     features, or images."""
     with reading(path, "an .npz of statistics (see --make_ref)"):
-        file = np.load(path, allow_pickle=False)
+        file = np.load(path)
         mu, sigma = file["mu"], file["sigma"]
         made = {name: file[name].item() for name in file.files if file[name].ndim == 0}
     require(made.pop("features", features) == features, f"{path}: not made with --features {features}")
@@ -318,7 +304,7 @@ def evaluate(batches, n, extractor, reference, device, settings=None):
     if extractor.sha256:
         print0(f"weights: sha256 {extractor.sha256}")
         if extractor.sha256 != WEIGHTS:
-            print0("warning: these are not FID's own weights")
+            print0("warning: these are not FID's own weights: the number compares with nothing")
     return result
 
 # ---- Commands ----------------------------------------------------------------------------------------------
@@ -379,7 +365,6 @@ FLAGS = SAMPLER + """
     --out          text                 --make_ref: the .npz
     --features     inception|pixels     pixels needs no weights, and is no FID (default inception)
     --weights      text                 Inception weights file (default: downloaded once)
-    --any_weights  switch               accept others, for a number that compares with nothing
 """
 
 def parse(argv=None):
@@ -396,7 +381,7 @@ def parse(argv=None):
     if not args.make_ref:
         without_effect += ["image_size", "out"]
     if args.features == "pixels":
-        without_effect += ["weights", "any_weights"]
+        without_effect += ["weights"]
     if not any(map(is_checkpoint, args.paths)):
         without_effect += re.findall(r"--(\w+) ", SAMPLER.replace("--batch_size", "").replace("samples", "n"))
     for name in without_effect:
@@ -409,7 +394,7 @@ def main():
     device = setup(args.device)
     if not args.make_ref:                     # read first: it takes less time than fetching weights
         reference = load_reference(args.paths[-1], args.features)
-    extractor = make_extractor(args.features, args.weights, device, args.any_weights)
+    extractor = make_extractor(args.features, args.weights, device)
     if args.make_ref:
         return make_reference(args, extractor, device)
     for path in args.paths[:-1]:

@@ -216,7 +216,7 @@ def innovation(x, n):
     over f of [(S_f + n I)^-1]_cc."""
     N, C, H, W = x.shape
     x = x - x.mean(0)
-    if by_eigenvalues(x):
+    if x[0].numel() <= min(N, EXACT):
         values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T))            # (C H W,), (C H W, C H W)
         share = vectors.double().square()
         share = share / share.sum(1, keepdim=True)                    # eigh in float32 is 1e-6 off
@@ -228,10 +228,6 @@ def innovation(x, n):
     share = vectors.abs().square()
     values = values.clamp(min=0)[:, None]
     return torch.stack([1 / (share / (values + m)).sum(2).mean(0) - m for m in n])
-
-def by_eigenvalues(x):
-    """Whether innovation() is exact for data x (N, C, H, W), else by the power spectrum."""
-    return x[0].numel() <= min(len(x), EXACT)
 
 def even_times(t_mean, t_std, points):
     """Quantiles (points,) of t = sigmoid(N(t_mean, t_std)): their plain mean is an expectation over t."""

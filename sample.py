@@ -14,7 +14,6 @@ import io
 import json
 import math
 import os
-import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -289,8 +288,7 @@ def grid(images, names, columns=8):
 
 def draw_curves(panels, path, x_label="step"):
     """Write a picture of panels side by side, each {name: (xs, ys)}. The names are the title, in
-    the colours of their curves; a curve with "dashed" in its name is dashed. Points that are not
-    finite are left out."""
+    the colours of their curves. Points that are not finite are left out."""
     W, H = 560, 390
     sheet = Image.new("RGB", (W * len(panels), H), PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -316,10 +314,7 @@ def draw_curves(panels, path, x_label="step"):
         # the curves, and their names as a title
         title = p * W + 64
         for name, rows, colour in zip(curves, points, COLOURS):
-            corners = [place(*row) for row in rows]
-            stride = 1 + ("dashed" in name)                             # every other stroke
-            for i in range(0, len(corners) - 1, stride):
-                pen.line(corners[i:i + 2], colour, 2)
+            pen.line([place(*row) for row in rows], colour, 2)
             pen.text((title, 12), name, colour, font)
             title += font.getlength(f"{name}    ")
         pen.text((p * W + W - 20, H - 6), x_label, INK, font, anchor="rb")
@@ -442,27 +437,14 @@ def check_interval(interval):
 
 def write_samples(checkpoint, labels, out, batch_size, how, settings):
     """Write samples of a list of labels, made by all processes, as an .npz: arr_0 uint8
-    (N,H,W,3), arr_1 the labels, settings. The first process writes; the others send it theirs."""
-    def gathered():
-        for images, _ in checkpoint.batches(labels, batch_size, **how):
-            yield gather(images.permute(0, 2, 3, 1).contiguous().cpu())          # (B, H, W, 3)
-    batches = gathered()
-    if RANK:
-        return list(batches)
-    # an .npz is a zip of .npy files. The large one is written batch by batch
-    rows = next(batches)
-    with new_file(out) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            left = len(labels)
-            header = {"descr": "|u1", "fortran_order": False, "shape": (left, *rows.shape[1:])}
-            np.lib.format.write_array_header_1_0(member, header)
-            while left > 0:
-                member.write(rows[:left].numpy().tobytes())
-                left -= len(rows)
-                rows = next(batches, [])
-        for name, value in (("arr_1", labels), ("settings", json.dumps(settings))):
-            with archive.open(f"{name}.npy", "w") as member:
-                np.save(member, value)
+    (N,H,W,3), arr_1 the labels, settings. The first process collects and writes them."""
+    parts = []
+    for images, _ in checkpoint.batches(labels, batch_size, **how):
+        parts.append(gather(images.permute(0, 2, 3, 1).contiguous().cpu()))      # (B, H, W, 3)
+    if RANK == 0:
+        samples = torch.cat(parts)[:len(labels)].numpy()
+        with new_file(out) as file:
+            np.savez(file, arr_0=samples, arr_1=labels, settings=json.dumps(settings))
 
 def parse(argv=None):
     """The command line. argv: a list of words; None: the program's. UserError for flags

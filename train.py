@@ -29,7 +29,7 @@ from data import (CORES, DATASETS, RANK, WORLD, Codec, FileError, PatchPCA, User
                   open_dataset, open_vavae, own_folder, print0, read_tensors, reading, require, run, seed_of,
                   setup, some_items)
 from model import SIZES, TABLES, VAVAE, gmacs
-from objective import EXACT, LOSSES, TARGETS, KDiff, by_eigenvalues, k_of_innovation, target_row
+from objective import LOSSES, TARGETS, KDiff, k_of_innovation, target_row
 from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interval, codec_state,
                     compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
                     read_checkpoint, read_log, read_rows, save_picture, write_rows)
@@ -274,7 +274,8 @@ def run_training(args, state, data):
     on_signals(lambda number, frame: signals.append(number))
     try:
         for loss, norm, lr in train(state, data, args):
-            stop = max_over_processes(max(signals, default=0))           # all leave after the same step
+            # all leave after the same step
+            stop = all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX).item()
             last = state.step == args.steps or stop
             # log
             log.add(loss, norm)
@@ -618,19 +619,14 @@ def foretell(args, config, data, codec):
     each = target_row(args.target)[0] == "C"
     k = torch.zeros(shape[0] if each else 1)
     if RANK == 0:
-        n = EXACT
-        if math.prod(shape) > EXACT:
-            n = max(64, 2 ** 26 // math.prod(shape))       # as many as fit in memory
-        x = codec.encode(some_items(data, n))
+        x = codec.encode(some_items(data))
         try:
             k = k_of_innovation(x, args.t_mean, args.t_std, args.noise_scale, together=not each)
         except ValueError as error:
             print0(f"theory    none: {error}")
         else:
-            way = "eigenvalues" if by_eigenvalues(x) else "the power spectrum"
             nearest = ("eps", "v", "x")[round(2 * k.mean().item())]             # at 0, 1/2, 1
-            print0(f"theory    k {k.mean():.3f} by {way} of {len(x):,} pictures; of fixed targets {nearest} "
-                   "is nearest")
+            print0(f"theory    k {k.mean():.3f} from {len(x):,} pictures; of fixed targets {nearest} is nearest")
             if each:
                 print0(f"theory    k of the channels from {k.min():.3f} to {k.max():.3f}")
     all_reduce(k)
@@ -692,10 +688,6 @@ def batches(data, args, start, device):
 def ignore_signals(worker):
     """A loading process ends with its parent, not with the signal that asks the parent to save first."""
     on_signals(signal.SIG_IGN)
-
-def max_over_processes(number):
-    """The largest of the processes' numbers, on all of them. Compared on the CPU."""
-    return all_reduce(torch.tensor(number), dist.ReduceOp.MAX).item()
 
 def watch_cores():
     """Call next() after each step on the CPU. Threads spin while they wait for each other: if other
@@ -788,8 +780,8 @@ def draw(args, state, name):
     # k next to what the data have foretold
     ks = {name: read_log(args.out, name) for name in state.kdiff.ks()}
     theory = state.config.get("k_of_theory")
-    if theory:                                             # many points, for every other stroke is drawn
-        ks["theory, dashed"] = torch.linspace(0, state.step, 41).tolist(), [theory] * 41
+    if theory:
+        ks["theory"] = [0, state.step], [theory, theory]
     draw_curves([{"loss": read_log(args.out, "loss")}, ks], args.out / "curves.png")
     return written
 
