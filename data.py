@@ -81,12 +81,12 @@ class Dataset(torch.utils.data.Dataset):
 # Signed distance of (x, y), at radius r, to the outline of a shape of radius about 1. It is
 # negative inside.
 def cross(x, y, r):
-    """Two bars: the bars without end, cut off at 1."""
+    """Two endless bars, cut to the square |x|, |y| < 1."""
     bars = np.minimum(abs(x), abs(y)) - 0.28
     return np.maximum(np.maximum(abs(x), abs(y)) - 1, bars)
 
 def star(x, y, r):
-    """Five tips: folded at tips and notches, a star is one line."""
+    """All tenths of a star, from a tip to a notch, look alike: folded onto one, its outline is one line."""
     tenth = np.pi / 5                                    # the angle from a tip to a notch
     angle = abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
     return r * np.sin(0.4 + angle) - 1.1 * np.sin(0.4)
@@ -216,7 +216,7 @@ def read_image(path):
         with Image.open(path, formats=list(FORMATS)) as image:
             if image.mode == "F" or max(image.size) > 100 * min(image.size):
                 raise ValueError("floating-point pixels, or 100 times as long as wide")
-            if image.mode == "I" and image.format != "PNG":            # of what range? PNG has 16 bits
+            if image.mode == "I" and image.format != "PNG":            # only PNG says their range: 16 bits
                 raise ValueError("32-bit pixels")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                             # 16-bit grey: convert() would clip it
@@ -364,7 +364,7 @@ def open_vavae(path):
 
 class Stored(Dataset):
     """Packed images, or latents of `data.py encode` or LightningDiT: the .safetensors files at a
-    path, memory- mapped. Each contains labels, and images (N, 3, H, W) or latents and latents_flip
+    path, memory-mapped. Each contains labels, and images (N, 3, H, W) or latents and latents_flip
     (N, C, h, w). Next to latents is latents_stats.pt with mean and std, for each channel.
     item: (uint8 image or float32 latent, not normalised, label). mirrored: the latent of the
     mirrored image."""
@@ -419,7 +419,7 @@ class Stored(Dataset):
             return super().mirrored(i)
         return self.item(i, "latents_flip")
 
-# What --data may name beside paths. A row of yours is called with --image_size.
+# What --data may name beside paths. The value of a row is called as value(image_size).
 DATASETS = {"shapes": functools.partial(Shapes, 6_400), "fashion": Fashion}
 
 def open_dataset(source, image_size):

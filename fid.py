@@ -5,14 +5,13 @@ neither the batch size nor the number of processes changes the result. `--featur
 it is the distance of 16x16 thumbnails, an offline yardstick, and not called FID.
 
     python fid.py --make_ref imagenet/train --image_size 256 --out ref.npz   the statistics of training images
-    torchrun --nproc_per_node=8 fid.py out/pixel/ckpt*.pt ref.npz            checkpoints: a table and a curve
+    torchrun --nproc_per_node=8 fid.py out/pixel/ckpt*.pt ref.npz            checkpoints: a table, fid.csv
     python fid.py SAMPLES ref.npz             samples: a folder of images, a packed file, an .npz (arr_0)
 """
 # N images, H, W their size in pixels, D features
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +41,10 @@ def gaussian(mu, sigma, dim=None):
     """mu and sigma in float64. UserError unless they are finite numbers, (D,) and (D, D); dim:
     the D expected."""
     mu, sigma = (np.asarray(a, dtype=np.float64) for a in (mu, sigma))
-    fit = mu.shape == (dim or mu.size,) and sigma.shape == 2 * mu.shape
+    dim = dim or mu.size
+    fit = mu.shape == (dim,) and sigma.shape == (dim, dim)
     require(fit and np.isfinite(mu).all() and np.isfinite(sigma).all(),
-            f"mu {mu.shape}, sigma {sigma.shape}: {dim or 'D'} and its square finite numbers are needed")
+            f"mu {mu.shape}, sigma {sigma.shape}: {dim} and {dim} x {dim} finite numbers are needed")
     return mu, sigma
 
 def root(sigma):
@@ -214,12 +214,13 @@ def open_samples(path):
 
 def batches_of(data, batch_size, path):
     """This process's share of a dataset's images, as moments() takes it. UserError for other items."""
+    first, _ = data[0]
+    require(first.dtype == torch.uint8, f"{path}: its items are {first.dtype}, not uint8 images")
     for indices in my_batches(len(data), batch_size):
         with reading(path, "images of one size", "; `fid.py --make_ref` crops the images of a folder"):
             images, _ = read_items(data, [min(i, len(data) - 1) for i in indices])
-        require(images.dtype == torch.uint8, f"{path}: its items are {images.dtype}, not uint8 images")
-        require(images[0].shape == data[0][0].shape,
-                f"{path}: not images of one size; `fid.py --make_ref` crops the images of a folder")
+            if images[0].shape != first.shape:
+                raise ValueError(f"{tuple(first.shape)}, {tuple(images[0].shape)}")
         yield images, indices
 
 class Reference(NamedTuple):
@@ -383,7 +384,8 @@ def parse(argv=None):
     if args.features == "pixels":
         without_effect += ["weights"]
     if not any(map(is_checkpoint, args.paths)):
-        without_effect += re.findall(r"--(\w+) ", SAMPLER.replace("--batch_size", "").replace("samples", "n"))
+        sampler = new_parser("", SAMPLER).parse_args([])
+        without_effect += set(vars(sampler)) - {"batch_size", "device"}
     for name in without_effect:
         require(getattr(args, name) in (None, False), f"--{name} has no effect here")
     return args

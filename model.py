@@ -248,9 +248,10 @@ SIZES = """
 """
 (_, *COLUMNS), *ROWS = [line.split() for line in SIZES.strip().splitlines()]
 SIZES = {name: dict(zip(COLUMNS, map(int, row))) for name, *row in ROWS}
-# The published sizes and the demos. NAME/PATCH with any other patch works too.
-NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-demo/8 LightningDiT-B/1 LightningDiT-B/2 "
-         "LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 LightningDiT-demo/1").split()
+# All sizes with their usual patches. NAME/PATCH with any other patch works too.
+NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-S/8 JiT-demo/8 JiT-narrow/8 JiT-wide/8 "
+         "LightningDiT-B/1 LightningDiT-B/2 LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 "
+         "LightningDiT-S/1 LightningDiT-demo/1").split()
 
 def build(name, image_size, num_classes, in_channels=None, **overrides):
     """The network NAME/PATCH. image_size: the side of x, in pixels for JiT and in latents
@@ -513,8 +514,8 @@ def main():
     print(f"{'name':20} {'input':>10} {'params':>8}   Gflops (multiply-adds)")
     for name in NAMES:
         size, patch = name.split("/")
-        side = 16
-        if size.endswith("demo"):
+        side = 16                                                  # tokens
+        if SIZES[size]["dim"] < 200:                               # the demos, of 32 pixels
             side = 4
         shape = (32, side, side)
         if size.startswith("JiT"):

@@ -6,9 +6,10 @@
     velocity  v = dz/dt = x - e = (u - (c+d) z) / Delta,   Delta = b c - a d              App. A
     loss      |v^ - v|^2 = |u^ - u|^2 / Delta^2                                           Eq. (15)
 
-The method is target "k": c = k, d = -(1-k), and k is trained with the network. Equations, tables and theorems
-are those of the paper, arXiv 2601.21419. `python objective.py` checks its theory, and more: linear networks
-and k, trained together, converge to closed forms.
+u^ is the network's prediction of u, v^ the velocity that follows from it. The method is target "k": c = k,
+d = -(1-k), and k is trained with the network. Equations, tables and theorems are those of the paper,
+arXiv 2601.21419. `python objective.py` checks its theory, and more: linear networks and k, trained together,
+converge to closed forms.
 """
 import math
 import time
@@ -35,7 +36,8 @@ def k_of_t(w, t):
     return torch.lerp(k[left], k[left + 1], position - left)
 
 # A target is a row: the shape of its learnable w, and c and d as a function of w and t.
-# The shape None means that nothing is learned. "C" means one number for each channel of x.
+# The shape None means that nothing is learned. "C" means one number for each channel of x. With it,
+# train.py makes the channels of pixels: they are the principal components of patches.
 TARGETS = {
     "x":       (None,        lambda w, t: (1.0, 0.0)),                 # JiT's baseline
     "v":       (None,        lambda w, t: (1.0, -1.0)),                # LightningDiT's baseline
@@ -70,7 +72,7 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
-    # b and a are clamped like Delta: so the x-loss of target x, whose Delta is b, is its u-loss
+    # b and a are clamped like Delta: so for target x, whose Delta is b, the x-loss is the plain u-loss
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -100,7 +102,7 @@ class KDiff(nn.Module):
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is unknown: one of {', '.join(LOSSES)}")
         if (target, loss) == ("two", "u"):
-            raise ValueError("target two cannot learn with loss u, which k1 = k2 = 0 wins: try v, x or eps")
+            raise ValueError("target two: its loss u is 0 at k1 = k2 = 0, so nothing is learned: try v, x or eps")
         self.net = net
         self.target = target
         self.loss_variable = loss
@@ -155,7 +157,7 @@ class KDiff(nn.Module):
         else:
             r = seeded_normal((n,), seeds, x.device)
         t = torch.sigmoid(self.t_mean + self.t_std * r[:, 0])
-        dropped = torch.special.ndtr(r[:, 1]) < self.label_drop
+        dropped = torch.special.ndtr(r[:, 1]) < self.label_drop       # ndtr makes it uniform in [0, 1]
         dropped = dropped.view(-1, *[1] * (y.ndim - 1))                # y may hold several words a label
         e = self.noise_scale * r[:, 2:].reshape(x.shape)
         return t, e, torch.where(dropped, self.num_classes, y)
@@ -195,39 +197,42 @@ def optimal_k(d, D):
 def k_of_direction(variance):
     """The best k of one direction of the data, whose variance is given in units of the noise's variance.
 
-    Theorem 3.2 holds for each axis alone. With variance s^2 the least u-loss of the axis is
-        s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2),      with slope  ((1 + s^2) k - 1) / 2.
+    Theorem 3.2 holds for each axis alone. With variance s^2 the least u-loss of the axis, over its
+    one weight, is
+        s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2),      with slope  ((1 + s^2) k - 1) / 2,
+    where 3/4 = <t>^2 / <t^2> for uniform times.
     So noise is the target where data are strong, and data are the target where they are weak.
     For one k and D axes the slopes add up to 0 at D / (D + trace S): Theorem 3.2, with the total
     variance for d."""
     return 1 / (1 + variance)
 
-EXACT = 4096                          # most numbers in a picture for which the innovation is exact
+EXACT = 4096                          # up to so many numbers in a picture the innovation is exact
 
-def innovation(x, n):
-    """r (points, C): how much of a coordinate the rest of the noisy picture does not tell. It is
-    the variance that linear regression on all other coordinates leaves, r_i = 1 / [(S + n
-    I)^-1]_ii - n, averaged over a channel. x (N, C, H, W): data of covariance S; n (points,):
-    variances of the noise.
+def innovation(x, noise):
+    """r (points, C): how much of a coordinate the rest of the noisy picture does not tell, averaged
+    over a channel. x (N, C, H, W): data of covariance S; noise (points,): variances of the noise.
 
+    Linear regression of a noisy coordinate on all others leaves the variance 1 / [(S + noise
+    I)^-1]_ii. Without the coordinate's own noise it is
+        r_i = 1 / [(S + noise I)^-1]_ii - noise.
     With up to EXACT numbers in a picture, and as many pictures, S is measured and its
     eigenvalues are used. Beyond, pictures are taken for stationary: S is then diagonal in the
-    Fourier basis, a C x C matrix S_f for each frequency f, and [(S + n I)^-1]_ii is the mean
-    over f of [(S_f + n I)^-1]_cc."""
+    Fourier basis, a C x C matrix S_f for each frequency f, and [(S + noise I)^-1]_ii is the
+    mean over f of [(S_f + noise I)^-1]_cc."""
     N, C, H, W = x.shape
     x = x - x.mean(0)
     if x[0].numel() <= min(N, EXACT):
         values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T))            # (C H W,), (C H W, C H W)
-        share = vectors.double().square()
-        share = share / share.sum(1, keepdim=True)                    # eigh in float32 is 1e-6 off
-        precision = (1 / (values.double().clamp(min=0) + n[:, None])) @ share.T   # (points, C H W)
-        return (1 / precision - n[:, None]).view(len(n), C, -1).mean(2)
+        square = vectors.double().square()
+        square = square / square.sum(1, keepdim=True)                 # eigh in float32 is 1e-6 off
+        inverse = (1 / (values.double().clamp(min=0) + noise[:, None])) @ square.T    # (points, C H W)
+        return (1 / inverse - noise[:, None]).view(len(noise), C, -1).mean(2)
     f = torch.fft.fft2(x, norm="ortho")
     S = torch.einsum("nchw,ndhw->hwcd", f, f.conj()) / (N - 1)
     values, vectors = torch.linalg.eigh(S.flatten(0, 1).to(torch.complex128))     # (H W, C), (H W, C, C)
-    share = vectors.abs().square()
+    square = vectors.abs().square()
     values = values.clamp(min=0)[:, None]
-    return torch.stack([1 / (share / (values + m)).sum(2).mean(0) - m for m in n])
+    return torch.stack([1 / (square / (values + m)).sum(2).mean(0) - m for m in noise])
 
 def even_times(t_mean, t_std, points):
     """Quantiles (points,) of t = sigmoid(N(t_mean, t_std)): their plain mean is an expectation over t."""
@@ -242,8 +247,8 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     Theorem. Call a network blind if its output i does not see its input i, but all others and t.
     Its best prediction of u_i = k x_i - (1-k) e_i is then k times the regression of x_i on the
     others, because the noise e_i is independent of all that it sees. What is left is k m_i - (1-k)
-    e_i, where m_i is x_i minus that regression. Its variance r(t) is the innovation. So
-    the least v-loss is, with s the noise's scale and <> the mean over times,
+    e_i, where m_i is x_i minus that regression. The variance r(t) of m_i is the innovation, at the
+    noise of z / t. So the least v-loss is, with s the noise's scale and <> the mean over times,
         L(k) = <(k^2 r + s^2 (1-k)^2) / Delta^2>,   Delta = k (1-t) + (1-k) t.
     Its slope is, since Delta - k Delta' = t and Delta + (1-k) Delta' = 1-t with Delta' = dDelta/dk,
         dL/dk = 2 <(r t k - s^2 (1-t) (1-k)) / Delta^3>,
@@ -252,14 +257,15 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     This is exact for linear blind networks on data of any distribution, and for all of them
     on Gaussian data.
 
-    Trained networks see their input, and yet in pixels they end close to this k, perhaps because
-    their skip connection from z to v^, -(c+d) z / Delta, already uses a coordinate's own value.
+    Trained networks see their input, and yet in pixels they end close to this k. One reason may be
+    the slope: (r t k - s^2 (1-t) (1-k)) is the covariance of what is left of u_i with what is left
+    of the input z_i. At this k it is 0 on average over the times: there is nothing to gain from z_i.
     Special cases: if the rest tells nothing, r is the variance; with the u-loss and uniform times,
     too, k is k_of_direction(). A k that is free at each t is (1-t) / (1-t + r t)."""
     if len(x) < 2 or not (x != x[:1]).any():
         raise ValueError("these data do not differ: they foretell no k")
     t = even_times(t_mean, t_std, points)
-    r = innovation(x.float().cpu(), (noise_scale * (1 - t) / t).square())
+    r = innovation(x.float().cpu(), (noise_scale * (1 - t) / t).square())         # z / t = x + (1-t) / t e
     r = r.clamp(min=0) / noise_scale ** 2                                         # (points, C)
     if together:
         r = r.mean(1, keepdim=True)
@@ -292,9 +298,9 @@ def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0, points
     across = mean(d*d) - mean(b*d) ** 2 / mean(b*b)
     return dim * along + (ambient_dim - dim) * across
 
-# Uniform times have this mean and this variance, and the u-loss of one linear layer is quadratic in t:
-# two times are as good as all.
-UNIFORM = torch.tensor([0.5 - 12 ** -0.5, 0.5 + 12 ** -0.5])
+# Two times with the mean and the variance of uniform times. The u-loss of one linear layer is quadratic
+# in t, so that its mean over these two is its mean over all.
+TWO_TIMES = torch.tensor([0.5 - 12 ** -0.5, 0.5 + 12 ** -0.5])
 
 def expected_loss(W, k, S, t, loss="u"):
     """The mean loss of linear networks u^ = W z, summed over the D coordinates, for data of
@@ -339,7 +345,7 @@ def check_theorem(D=64):
     print("   D    d   k learned   D/(D+d)   loss reached   by Eq. (12): along the data + across")
     for d in (64, 32, 16, 8, 1):
         S = torch.diag((torch.arange(D) < d).float())              # how the axes are turned changes nothing
-        learned, loss = descend(S, UNIFORM)
+        learned, loss = descend(S, TWO_TIMES)
         k = optimal_k(d, D)
         along = optimal_loss(k, k - 1, d, d)
         across = optimal_loss(k, k - 1, 0, D - d)
@@ -353,8 +359,8 @@ def check_modes(k=0.8, rate=0.05):
     S = torch.diag(torch.tensor([1.0, 0.0]))
     W = torch.zeros(2, 2, requires_grad=True)
     for n in range(1, 161):
-        expected_loss(W, k, S, UNIFORM).backward()
-        W.data -= rate / 2 * W.grad
+        expected_loss(W, k, S, TWO_TIMES).backward()
+        W.data -= rate * W.grad / 2                      # the paper's rate is of half the squared error
         W.grad = None
         if n in (10, 40, 160):
             along = (1.5 * k - 0.75) * (1 - math.exp(-rate * n * 2 / 3))
@@ -365,7 +371,7 @@ def check_modes(k=0.8, rate=0.05):
 def check_spectrum():
     """One k for each direction, and one for all, when directions differ in variance."""
     variances = torch.tensor([4, 4, 1, 0.3, 0.1, 0.01, 0, 0])
-    learned, _ = descend(torch.diag(variances), UNIFORM, each=True)
+    learned, _ = descend(torch.diag(variances), TWO_TIMES, each=True)
     print("\nThe spectrum. One k for each direction, for data of any covariance: 1 / (1 + s^2)\n")
     show("s^2", variances, 2)
     show("learned", learned)
@@ -373,7 +379,7 @@ def check_spectrum():
     print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise moves it like more pixels\n")
     for sigma in (0.7, 1, 2):
         S = torch.diag(variances / sigma ** 2)
-        learned, _ = descend(S, UNIFORM)
+        learned, _ = descend(S, TWO_TIMES)
         k = optimal_k(S.trace().item(), len(S))
         print(f"   noise of standard deviation {sigma:3}: learned {learned.item():.3f}, theory {k:.3f}")
 
@@ -381,7 +387,7 @@ def check_blind_spot(points=24):
     """The theorem of k_of_innovation on a random covariance."""
     print("\nThe blind-spot theorem (k_of_innovation): v-loss, data of any covariance\n")
     root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([root, -root]) * math.sqrt(11 / 2)               # 12 points of covariance root^T root
+    x = torch.cat([root, -root]) * math.sqrt(11 / 2)     # 12 points of covariance root^T root, unbiased
     t = even_times(-0.8, 0.8, points).float()
     learned, _ = descend(root.T @ root, t, "v", blind=True, each=True)
     show("descent", learned, 4)

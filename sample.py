@@ -177,17 +177,17 @@ def codec_state(codec, file=None):
         pca = dict(codec.tokenizer.named_buffers())
     return {"mean": codec.mean, "std": codec.std, "pca": pca, "tokenizer": file}
 
-def open_codec(state, file=None):
+def open_codec(kept, file=None):
     """The Codec of codec_state's dict. file: the VA-VAE, if it is not where it was."""
-    known = state.get("tokenizer")
+    known = kept.get("tokenizer")
     if known and os.path.exists(known):
         file = file or known
     tokenizer = None
-    if state.get("pca"):
-        tokenizer = PatchPCA(**state["pca"])
+    if kept.get("pca"):
+        tokenizer = PatchPCA(**kept["pca"])
     elif file:
         tokenizer = open_vavae(file)
-    return Codec(tokenizer, state.get("mean"), state.get("std"))
+    return Codec(tokenizer, kept.get("mean"), kept.get("std"))
 
 def read_checkpoint(path, ema=None, model=None):
     """(the dict in a checkpoint of ours, or a published one in our form; which average; the weights
@@ -236,26 +236,26 @@ def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
     UserError for files that do not fit, or that need a tokenizer or statistics."""
     # what the file is, and what of the flags belongs to it
     file, ema, weights = read_checkpoint(path, ema, model)
-    config, state = file["config"], file["data"]
+    config, kept = file["config"], file["data"]
     latent = config["space"] == "latent"
-    require(not tokenizer or (latent and not state.get("pca")),
+    require(not tokenizer or (latent and not kept.get("pca")),
             f"--tokenizer {tokenizer} has no effect: {path} needs no VA-VAE")
-    require(not stats or (latent and state.get("mean") is None),
+    require(not stats or (latent and kept.get("mean") is None),
             f"--stats {stats} has no effect: {path} needs no statistics")
     if stats:
         values = read_tensors(stats)
         with reading(stats, "latent statistics"):
-            state = state | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
-    require(not latent or state.get("mean") is not None,
+            kept = kept | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
+    require(not latent or kept.get("mean") is not None,
             f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
     # the network, the codec
     kdiff = build_kdiff(config)
     tables = {f"net.{key}": value for key, value in kdiff.net.state_dict().items() if key in TABLES}
     with reading(path, f"a {config['model']} whose weights fit"):
         kdiff.load_state_dict(tables | weights)
-    codec = open_codec(state, tokenizer).to(device)
+    codec = open_codec(kept, tokenizer).to(device)
     kdiff = kdiff.to(device).eval().requires_grad_(False)
-    return Checkpoint(kdiff, codec, config, state["classes"], file["step"], ema)
+    return Checkpoint(kdiff, codec, config, kept["classes"], file["step"], ema)
 
 # ---- Drawing, with Pillow alone ----------------------------------------------------------------------------
 
@@ -295,22 +295,23 @@ def draw_curves(panels, path, x_label="step"):
     for p, curves in enumerate(panels):
         points = [np.array(curve, dtype=float).T for curve in curves.values()]
         points = [rows[np.isfinite(rows).all(1)] for rows in points]
-        # both axes contain 0
+        # both axes contain 0, and have about five steps, of one digit
         low = np.concatenate([[[0, 0]], *points]).min(0)
-        high = np.concatenate([[[0, 0]], *points]).max(0) * [1, 1.05]
+        high = np.concatenate([[[0, 0]], *points]).max(0)
         high[high == low] = 1
-        if 0.3 < high[1] <= 1.05:                                       # such as k: up to 1
-            high[1] = 1
+        step = np.array([float(f"{size / 5:.0e}") for size in high - low])
+        first, last = np.floor(low / step), np.ceil(high / step)
         origin, size = np.array([p * W + 64, H - 56]), np.array([W - 84, 96 - H])
 
         def place(*point):
-            return tuple(origin + (point - low) / (high - low) * size)
-        for part in range(6):                                           # five parts of each axis
-            x, y = low + part / 5 * (high - low)
-            pen.line([place(x, low[1]), place(x, high[1])], GREY)
-            pen.line([place(low[0], y), place(high[0], y)], GREY)
-            pen.text(place(x, low[1]), f"\n{x:,.4g}", INK, font, anchor="ma", spacing=-4)
-            pen.text(place(low[0], y), f"{y:.3g}  ", INK, font, anchor="rm")
+            return tuple(origin + (point / step - first) / (last - first) * size)
+        bottom, top = first * step, last * step                         # corners: lower left, upper right
+        for x in np.arange(first[0], last[0] + 1) * step[0]:
+            pen.line([place(x, bottom[1]), place(x, top[1])], GREY)
+            pen.text(place(x, bottom[1]), f"\n{x:,.4g}", INK, font, anchor="ma", spacing=-4)
+        for y in np.arange(first[1], last[1] + 1) * step[1]:
+            pen.line([place(bottom[0], y), place(top[0], y)], GREY)
+            pen.text(place(bottom[0], y), f"{y:.3g}  ", INK, font, anchor="rm")
         # the curves, and their names as a title
         title = p * W + 64
         for name, rows, colour in zip(curves, points, COLOURS):

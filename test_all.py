@@ -58,7 +58,7 @@ HERE = Path(__file__).parent
 
 # ---- Six tests that teach ----------------------------------------------------------------------------------
 
-K = np.linspace(0.2, 0.8, 129)                     # what w becomes: of target "time" the k at 129 times
+K = np.linspace(0.2, 0.8, 129)                     # ks for w: all for target "time", the first few for others
 TIMES = torch.tensor([0.1, 0.2, 0.4, 0.9]).double().view(4, 1, 1, 1)
 K_OF_TIMES = 0.2 + 0.6 * TIMES
 K_OF_CHANNELS = torch.tensor(K[:10]).view(10, 1, 1)
@@ -90,7 +90,8 @@ def test_velocity_and_loss_are_those_of_x_and_e_solved_from_z_and_u(target, c, d
     t = TIMES.flatten()
     assert_close(kdiff.velocity(u, z, t), x_hat - e_hat, atol=1e-5, rtol=1e-5)
     errors = {"u": u - (c * x + d * e), "x": x_hat - x, "eps": e_hat - e, "v": x_hat - e_hat - (x - e)}
-    for kdiff.loss_variable, difference in errors.items():
+    for variable, difference in errors.items():
+        kdiff.loss_variable = variable
         loss = kdiff.loss(x, None, t, e)
         assert_close(loss, difference.square().mean(), atol=1e-5, rtol=1e-5)
 
@@ -122,7 +123,7 @@ def test_order_is_one_permutation_after_the_other():
 
 @mark.parametrize("name", "SIGTERM SIGINT SIGHUP".split())
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(call, monkeypatch, name):
-    """A signal saves step 3. Then 1 step against 4: the same weights, averages, optimizer, log."""
+    """Three steps, a signal, one step more; against four at once: weights, averages, optimizer, log."""
     number = getattr(signal, name)
     if signal.getsignal(number) == signal.SIG_IGN:                          # under nohup
         signal.signal(number, signal.SIG_DFL)
@@ -962,12 +963,12 @@ def test_curves_are_drawn_where_their_numbers_are(tmp_path):
     sample.draw_curves([first, second], tmp_path / "c.png")
     picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
     blue = (picture == (31, 119, 180)).all(-1)                              # the first of COLOURS
-    # the bottom is at 334; 0 of the second panel is at 190, and its top is 50 * 1.05
-    for left, top, last in ((0, 40, 40), (560, 47, 190)):
+    # 294 pixels: of 0 to 1; of -60 to 60, where the last point is 0
+    for left, top, bottom, last in ((0, 40, 334, 40), (560, 64, 310, 187)):
         rows, columns = np.nonzero(blue[30:, left:left + 560])              # below the title
         rows += 30
         found = [columns.min(), columns.max(), rows.min(), rows.max()]
-        assert found == approx([64, 540, top, 334], abs=2)
+        assert found == approx([64, 540, top, bottom], abs=2)
         assert rows[columns == columns.max()].mean() == approx(last, abs=2)
 
 def test_grid_shows_each_image_in_its_row():
@@ -1940,7 +1941,7 @@ def test_every_command_of_the_documents_is_understood(tmp_path, monkeypatch, doc
         return stored if "latents" in source else Shapes(8, image_size)
     monkeypatch.setattr(train, "open_dataset", stand_in)
     monkeypatch.setattr(train, "open_vavae", lambda file: SimpleNamespace(channels=32))
-    monkeypatch.setattr(train, "foretell", lambda *args: 0.5)
+    monkeypatch.setattr(train, "start_of_k", lambda *args: 0.5)
     for size in model.SIZES.values():                                        # one block of each
         for key in size.keys() & {"depth", "context_start"}:
             monkeypatch.setitem(size, key, int(key == "depth"))
@@ -1980,8 +1981,8 @@ def python_of(document):
 def test_five_lines_of_the_readme_are_the_loss():
     """They give KDiff's loss and the same gradient in w, where the clamp is not reached."""
     x, e = torch.randn(2, 4, 3, 2, 2).double()
-    kdiff = KDiff(lambda z, t, y: 0.3 * z, num_classes=1, k_start=0.7).double()
-    names = {"torch": torch, "w": kdiff.w, "x": x, "e": e, "t": TIMES, "y": None, "net": kdiff.net}
+    kdiff = KDiff(lambda z, t, y=None: 0.3 * z, num_classes=1, k_start=0.7).double()
+    names = {"torch": torch, "w": kdiff.w, "x": x, "e": e, "t": TIMES, "net": kdiff.net}
     exec(python_of("README.md")[0], names)
     loss = kdiff.loss(x, None, TIMES.flatten(), e)
     assert_close(names["loss"], loss)

@@ -123,12 +123,12 @@ FLAGS = f"""
     --image_size    count               pixels
     --tokenizer     text                for latents: pca (of patches), or VA-VAE weights
     --flip          yes/no              mirror pictures of --data at random (default yes)
-    --workers       whole               loading processes of each process (default: at most 8; for the demo 0)
+    --workers       whole               loading processes of each (default: 0 for demo, fashion, laptop; else at most 8)
 
     --model         text                a size that `python model.py` lists
     --qk_norm       switch              LightningDiT: normalise queries and keys
     --activation_checkpointing switch   recompute activations: less memory, slower
-    --compile       yes/no              compile each block (default: on GPUs, except for the demo)
+    --compile       yes/no              compile each block (default: on GPUs; not for demo, fashion, laptop)
     --dtype         float32|bfloat16    of autocast (default: bfloat16 if the GPU has it)
 
     --target        text                {", ".join(TARGETS)}, or a number in [0, 1] (default k)
@@ -157,7 +157,7 @@ FLAGS = f"""
     --interval      amounts             two times between which guidance acts
 """
 
-# What a resumed run must share with its checkpoint. All else may change; changes are printed.
+# What a resumed run must share with its checkpoint. Other settings may change; resume() prints that.
 FIXED = ("model target space loss data_fingerprint shape num_classes batch_size seed flip qk_norm ema "
          "t_mean t_std noise_scale tau label_drop k_start").split()
 
@@ -187,8 +187,8 @@ def train(state, data, args):
             if not group.get("of_net", True):
                 group["lr"] = lr * args.k_lr
 
-        # forward and backward; gradients add up over micro batches; the last one also sums them over
-        # processes
+        # forward and backward; gradients add up over micro batches; the last one also averages them
+        # over processes
         loss = 0.0
         for i in range(0, share, args.micro_batch):
             part = slice(i, i + args.micro_batch)
@@ -200,7 +200,7 @@ def train(state, data, args):
             with sync:
                 with autocast(device, args.dtype):
                     part_loss = model(x, y, seeds[part]) * (len(x) / share)
-                # if the loss is not finite, force NaN gradients; DDP's sum carries them to every
+                # if the loss is not finite, force NaN gradients; DDP's average carries them to every
                 # process
                 part_loss.backward(torch.where(part_loss.isfinite(), 1.0, torch.nan))
             loss = loss + part_loss.detach()
@@ -240,7 +240,7 @@ def main():
         require(not any(args.out.glob("ckpt-*.pt")), f"--out {args.out} contains checkpoints of another run: "
                 "name another --out")
     if args.dry_run or new:                                # a resumed run knows its k
-        k_start = foretell(args, config, data, codec)
+        k_start = start_of_k(args, config, data, codec)
     # the network, and what it costs
     torch.manual_seed(args.seed % 2 ** 63)
     kdiff = build_kdiff(config, k_start)
@@ -262,9 +262,9 @@ def main():
 def run_training(args, state, data):
     """Train to the last step, or until a signal. Log, save and draw on the way."""
     path = args.out / "ckpt.pt"
-    pictures = args.out / "curves.png"                     # drawn last, after the last save
-    drawn = path.exists() and pictures.exists() and pictures.stat().st_mtime >= path.stat().st_mtime
-    if first_decides(state.step >= args.steps and drawn):
+    curves = args.out / "curves.png"                       # drawn last, after the last save
+    finished = state.step >= args.steps and curves.exists()
+    if first_decides(finished and curves.stat().st_mtime >= path.stat().st_mtime):
         return print0(f"{path} is finished at step {state.step:,}: nothing to do "
                       "(--steps for more, --out for another run)")
     saved = state.step
@@ -317,9 +317,9 @@ def run_training(args, state, data):
 # ---- What training changes, and its checkpoints ------------------------------------------------------------
 
 class State:
-    """What a checkpoint contains: a KDiff, its averages (KDiffs too) at the decays of
-    config["ema"], their optimizer, the Codec of the data, the config, the names of the classes,
-    the number of steps taken."""
+    """What a checkpoint contains: a KDiff, its optimizer, its averages (KDiffs too) at the decays of
+    config["ema"], the Codec of the data, the config, the names of the classes, the number of steps
+    taken and of those skipped."""
 
     def __init__(self, kdiff, codec, config, classes):
         self.kdiff = kdiff
@@ -375,7 +375,7 @@ def resume(args, state):
     require(before.get("init") or not args.init, f"--out {args.out} contains a run that did not start from "
             f"--init {args.init}: name another --out")
     config["init"], config["k_of_theory"] = before.get("init"), before.get("k_of_theory")
-    for key in sorted({*before, *config} - {"out", "data", "preset", "guided", "k_given", "label_shape"}):
+    for key in sorted({*before, *config} - {"out", "data", "preset", "cfg_given", "k_given", "label_shape"}):
         if before.get(key) != config.get(key):
             print0(f"resuming with {key} {config.get(key)}, before: {before.get(key)}")
     with reading(path, "a checkpoint of this version", "; name another --out or remove it"):
@@ -393,7 +393,7 @@ def start_from(args, config, kdiff, codec, classes):
     Not the w of another target, nor the labels of other classes. Fixed tables are computed for
     this run's sizes."""
     file, _, weights = read_checkpoint(args.init)
-    source, state = file["config"], file["data"]
+    source, kept = file["config"], file["data"]
     name = f"--init {args.init}"
     require(source["model"] == args.model, f"{name} contains a {source['model']}, not a {args.model}")
     # what of the weights does not fit this run is left out, and told
@@ -407,7 +407,7 @@ def start_from(args, config, kdiff, codec, classes):
         print0(f"{name} predicts {source['target']}, this run {args.target}: it will have to adapt")
     if source["shape"] != config["shape"]:
         print0(f"{name} is for x of {source['shape']}, this run for {config['shape']}: positions are new")
-    known = state["classes"]
+    known = kept["classes"]
     same = known == classes
     if "data_fingerprint" not in source:                   # a published file has numbers, not names
         same = len(known) == len(classes)
@@ -415,8 +415,8 @@ def start_from(args, config, kdiff, codec, classes):
         left_out.append("net.y_embedder.embedding_table.weight")
         print0(f"{name} has {len(known)} classes, which are not these {len(classes)}: labels start again")
     # weights belong to the statistics that they were trained with
-    if state.get("mean") is not None or state.get("pca"):
-        codec = open_codec(state, vavae_file(args))
+    if kept.get("mean") is not None or kept.get("pca"):
+        codec = open_codec(kept, vavae_file(args))
         print0(f"{name} brings its statistics of the data: they are kept")
     weights = {key: value for key, value in weights.items() if key not in left_out}
     with reading(args.init, f"a {args.model} for these data"):
@@ -441,7 +441,7 @@ def parse(argv=None):
     preset = typed.preset or choose_preset(typed)
     args = parser.parse_args(preset_flags(preset, typed.space) + argv)
     args.preset = preset
-    args.guided = typed.cfg is not None
+    args.cfg_given = typed.cfg is not None
     args.k_given = typed.k_start is not None
     try:
         kdiff = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=1)
@@ -498,6 +498,7 @@ def fill_in(args, kdiff):
         args.model += f"/{patch}"
     require(not (args.qk_norm and args.model.startswith("JiT")),
             "--qk_norm has no effect on JiT, which has it always")
+    # what Table 4 leaves open: tau in latents, the noise of pixels
     c, d = kdiff.coefficients(torch.tensor([0.0, 1.0]))    # Delta is c at t = 0 and -d at t = 1
     if c[0] and d[1]:
         fill(args, tau=0.0)
@@ -507,7 +508,7 @@ def fill_in(args, kdiff):
     check_interval(args.interval)
     require(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays are between 0 and 1")
     require(args.label_drop < 1, f"--label_drop {args.label_drop}: a probability below 1 is needed")
-    require(args.label_drop or not args.guided or args.cfg == 1,
+    require(args.label_drop or not args.cfg_given or args.cfg == 1,
             f"--cfg {args.cfg} has no effect with --label_drop 0: guidance needs images without a label")
     require(args.steps or args.epochs, "--epochs 0: there is nothing to do")
     require(args.noise_scale and args.t_std, "--noise_scale and --t_std must be above 0")
@@ -603,7 +604,7 @@ def make_config(args, data, codec, device):
     config["components"] = args.space == "pixel" and codec.tokenizer is not None
     config["data_fingerprint"] = data.fingerprint()
     config["label_shape"] = list(torch.as_tensor(data[0][1]).shape)      # longer for captions
-    if not args.guided and (len(data.classes) == 1 or args.label_drop == 0):
+    if not args.cfg_given and (len(data.classes) == 1 or args.label_drop == 0):
         config["cfg"] = 1.0                                # there is nothing to guide away from
     # where it writes: not among the pictures that it reads
     words = [args.space, Path(args.data).resolve().stem, args.target]
@@ -613,11 +614,11 @@ def make_config(args, data, codec, device):
     keep_outside(args.out, args.data)
     return config
 
-def foretell(args, config, data, codec):
-    """Print the k that the spectrum of the data foretells. Returns where k starts, as --k_start says."""
+def start_of_k(args, config, data, codec):
+    """Print the k that the data foretell. Returns where k starts: there, or where --k_start says."""
     shape = config["shape"]
     each = target_row(args.target)[0] == "C"
-    k = torch.zeros(shape[0] if each else 1)
+    k = torch.zeros(shape[0] if each else 1)               # 0: nothing is foretold
     if RANK == 0:
         x = codec.encode(some_items(data))
         try:
@@ -626,10 +627,11 @@ def foretell(args, config, data, codec):
             print0(f"theory    none: {error}")
         else:
             nearest = ("eps", "v", "x")[round(2 * k.mean().item())]             # at 0, 1/2, 1
-            print0(f"theory    k {k.mean():.3f} from {len(x):,} pictures; of fixed targets {nearest} is nearest")
+            print0(f"theory    k {k.mean():.3f} from {len(x):,} pictures; "
+                   f"of fixed targets {nearest} is nearest")
             if each:
                 print0(f"theory    k of the channels from {k.min():.3f} to {k.max():.3f}")
-    all_reduce(k)
+    all_reduce(k)                                          # zeros elsewhere: all get the first one's k
     config["k_of_theory"] = k.mean().item()
     if args.k_start != "data":
         return float(args.k_start)
@@ -642,7 +644,7 @@ def describe(args, config, kdiff, data):
     """Print the settings in force and what they amount to."""
     params = sum(p.numel() for p in kdiff.net.parameters())
     per_epoch = len(data) / args.batch_size
-    hidden = "out steps epochs dry_run guided k_given k_of_theory label_shape".split()
+    hidden = "out steps epochs dry_run cfg_given k_given k_of_theory label_shape".split()
     settings = [f"{key}={value}" for key, value in config.items() if value is not None and key not in hidden]
     print0("settings  " + "  ".join(settings))
     cost = gmacs(kdiff.net, config["shape"], config["label_shape"])

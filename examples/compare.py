@@ -5,7 +5,7 @@
 
 First the folder, then the variants: a target, and perhaps more flags of train.py. Then the flags that all
 runs share, --seeds (default 3) and --n, the number of samples (500). A run with a distance.txt is finished
-and only read: other flags need another folder. A loss in the table is a mean of 20 steps, the last of 100.
+and only read: other flags need another folder. A loss in the table is a mean over 20 steps; "last" over 100.
 """
 import argparse
 import statistics

@@ -38,8 +38,8 @@ def measure(kdiff, x, y, t):
 
 def best_gain(k, error, t):
     """Of u = k x - (1-k) e. The best prediction of x has by Tweedie's formula the slope t error / (1-t)^2."""
-    slope = t * error / (1 - t) ** 2
-    return ((k + t - 2 * k * t) * slope - (1 - k)) / (1 - t)
+    delta = k * (1 - t) + (1 - k) * t                                  # u = (delta x - (1-k) z) / (1-t)
+    return (delta * t * error / (1 - t) ** 2 - (1 - k)) / (1 - t)
 
 def main(out="assets/gain.png", folder="out/gain", names=NAMES, steps=1000, n=3072, times=(0.15, 0.6, 0.3)):
     """Print a row for each network and time. Draw the first two at the last time."""

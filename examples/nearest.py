@@ -17,7 +17,7 @@ def nearest(images, data):
     found = images.clone()
     for indices in in_batches(range(len(data)), 512):
         batch, _ = read_items(data, indices)
-        batch = torch.cat([batch, batch.flip(-1)])                      # training mirrors, too
+        batch = torch.cat([batch, batch.flip(-1)])                      # training may have mirrored it
         d, i = torch.cdist(images.flatten(1).float(), batch.flatten(1).float()).min(1)
         found = torch.where((d < distance).view(-1, 1, 1, 1), batch[i], found)
         distance = torch.minimum(d, distance)

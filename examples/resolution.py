@@ -64,7 +64,7 @@ def main(out="assets/resolution.png", source=None, steps=1000, largest=9, each=2
     panels = [{}, {}]
     for i, column in enumerate(1 - np.array(table).T):                  # how far from predicting the picture
         panels[i // 3][f"1 - k: {names[i]}"] = range(len(table)), column
-    draw_curves(panels, out, "doublings of a side of 8 pixels")
+    draw_curves(panels, out, "n of the side R = 8 * 2^n")
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

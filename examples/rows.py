@@ -1,7 +1,8 @@
 """Two more targets as rows of the table, with all that the other scripts do.
 
-asym    AsymFlow (arXiv 2605.12964): the noise of the 8 strongest components alone, elsewhere the picture
-edm     what z does not tell linearly about data of variance 1: E[u z] = c t + d (1-t) = 0 (arXiv 2206.00364)
+asym    AsymFlow (arXiv 2605.12964): x - e in the 8 strongest components of a patch, x in the others
+edm     EDM (arXiv 2206.00364): the u that z says nothing about. For data of variance 1 it is that with
+        E[u z] = c t + d (1-t) = 0
 
     python examples/rows.py train.py --target asym                      # then the flags of that script
     python examples/rows.py sample.py out/pixel-asym/ckpt.pt
