@@ -86,7 +86,7 @@ def cross(x, y, r):
     return np.maximum(np.maximum(abs(x), abs(y)) - 1, bars)
 
 def star(x, y, r):
-    """All tenths of a star, from a tip to a notch, look alike: folded onto one, its outline is one line."""
+    """A star has ten sectors from a tip to a notch. With the angle folded into one, it is a straight line."""
     tenth = np.pi / 5                                    # the angle from a tip to a notch
     angle = abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
     return r * np.sin(0.4 + angle) - 1.1 * np.sin(0.4)
@@ -285,7 +285,7 @@ class Memmap(np.memmap):
     def __reduce__(self):
         return Memmap, (self.filename, self.dtype, "r", self.offset, self.shape)
 
-# Of .safetensors files, which contain all stored data: packed images and latents.
+# The names of dtypes in .safetensors files, in which packed images and latents are stored.
 DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1"}
 
 def open_safetensors(path):
@@ -336,7 +336,7 @@ def class_names(metadata, labels, path):
     labels do not fit."""
     low, high = int(labels.min()), int(labels.max())
     with reading(path, "a file with class names"):
-        names = json.loads(metadata.get("classes", "0")) or list(map(str, range(min(high + 1, 1_000_000))))
+        names = json.loads(metadata.get("classes", "null")) or list(map(str, range(min(high + 1, 1_000_000))))
         if type(names) is not list or set(map(type, names)) != {str}:
             raise ValueError(names)
     require(0 <= low and high < len(names), f"{path}: labels {low} to {high}, but {len(names)} classes")
@@ -695,7 +695,7 @@ def in_batches(indices, batch_size, what="images"):
 
 def my_batches(n, batch_size, what="images"):
     """This process's share of the indices below n, in ranges of one length: every WORLD-th range.
-    All processes get equally many. The last ranges may pass n: whoever writes drops that surplus."""
+    All processes get equally many. The last ranges may go beyond n: whoever writes drops that surplus."""
     size = min(batch_size, math.ceil(n / WORLD))
     for part in in_batches(range(n), size * WORLD, what):
         first = part.start + RANK * size

@@ -87,8 +87,8 @@ def resize(x, size=299):
     return x
 
 # A block concatenates its branches, which are separated by bars. A branch is a chain of
-# convolutions, named as in the file, and of pools. They keep the image's size, except for "/s",
-# which means stride s and no padding. "a+b" applies both to the same input and concatenates: 7b
+# convolutions, named as in the file, and of pools. They keep the image's size, except for "halve" and
+# for "/s", which means stride s and no padding. "a+b" applies both to the same input and concatenates: 7b
 # ends in branch3x3_2a and branch3x3_2b.
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
 A = "branch1x1 | branch5x5_1 branch5x5_2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 | average branch_pool"
@@ -115,7 +115,7 @@ class Inception(nn.Module):
         weights = read_tensors(weights_file)
         with reading(weights_file, "FID's Inception-v3"):
             for key, value in weights.items():
-                self.register_buffer(key.replace(".", " "), value)
+                self.register_buffer(key.replace(".", " "), value)         # a name has no dots
             self.to(memory_format=torch.channels_last)                            # 1.4 times as fast on CPU
             self(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))                      # fails if one does not fit
         self.sha256 = sha256(weights_file)

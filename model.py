@@ -231,7 +231,7 @@ class DiT(Transformer):
         self.initialize()
 
 # The last three columns are for JiT alone. A row of yours is a size of yours.
-SIZES = """
+SIZE_TABLE = """
     name               dim  depth  heads  bottleneck  context_tokens  context_start
     JiT-B              768     12     12         128              32              4
     JiT-L             1024     24     16         128              32              8
@@ -246,12 +246,12 @@ SIZES = """
     LightningDiT-S     384     12      6
     LightningDiT-demo   96      4      3
 """
-(_, *COLUMNS), *ROWS = [line.split() for line in SIZES.strip().splitlines()]
-SIZES = {name: dict(zip(COLUMNS, map(int, row))) for name, *row in ROWS}
+HEAD, *ROWS = [line.split() for line in SIZE_TABLE.strip().splitlines()]
+SIZES = {name: dict(zip(HEAD[1:], map(int, row))) for name, *row in ROWS}
 # All sizes with their usual patches. NAME/PATCH with any other patch works too.
 NAMES = ("JiT-B/16 JiT-B/32 JiT-L/16 JiT-L/32 JiT-H/16 JiT-H/32 JiT-S/8 JiT-demo/8 JiT-narrow/8 JiT-wide/8 "
-         "LightningDiT-B/1 LightningDiT-B/2 LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 LightningDiT-XL/2 "
-         "LightningDiT-S/1 LightningDiT-demo/1").split()
+         "LightningDiT-B/1 LightningDiT-B/2 LightningDiT-L/1 LightningDiT-L/2 LightningDiT-XL/1 "
+         "LightningDiT-XL/2 LightningDiT-S/1 LightningDiT-demo/1").split()
 
 def build(name, image_size, num_classes, in_channels=None, **overrides):
     """The network NAME/PATCH. image_size: the side of x, in pixels for JiT and in latents

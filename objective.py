@@ -36,8 +36,8 @@ def k_of_t(w, t):
     return torch.lerp(k[left], k[left + 1], position - left)
 
 # A target is a row: the shape of its learnable w, and c and d as a function of w and t.
-# The shape None means that nothing is learned. "C" means one number for each channel of x. With it,
-# train.py makes the channels of pixels: they are the principal components of patches.
+# The shape None means that nothing is learned. "C" means one number for each channel of x. In pixel
+# space train.py then lets x be the principal components of patches: they are its channels.
 TARGETS = {
     "x":       (None,        lambda w, t: (1.0, 0.0)),                 # JiT's baseline
     "v":       (None,        lambda w, t: (1.0, -1.0)),                # LightningDiT's baseline
@@ -102,7 +102,7 @@ class KDiff(nn.Module):
         if loss not in LOSSES:
             raise ValueError(f"loss {loss!r} is unknown: one of {', '.join(LOSSES)}")
         if (target, loss) == ("two", "u"):
-            raise ValueError("target two: its loss u is 0 at k1 = k2 = 0, so nothing is learned: try v, x or eps")
+            raise ValueError("target two learns nothing with loss u, 0 at k1 = k2 = 0: try v, x or eps")
         self.net = net
         self.target = target
         self.loss_variable = loss
@@ -178,7 +178,7 @@ class KDiff(nn.Module):
         c, d = self.coefficients(torch.linspace(0, 1, BINS + 1, device=w.device))
         k = c / (c - d)                                # u / (c - d) = k x - (1-k) e
         learned = {}
-        if w.ndim == 1 and len(w) < 10:
+        if w.ndim == 1 and len(w) < 10:                # not the many numbers of target "time"
             for i, number in enumerate(torch.sigmoid(w)):
                 learned[f"k{i + 1}"] = number
         learned["k"] = k.mean()
@@ -197,8 +197,8 @@ def optimal_k(d, D):
 def k_of_direction(variance):
     """The best k of one direction of the data, whose variance is given in units of the noise's variance.
 
-    Theorem 3.2 holds for each axis alone. With variance s^2 the least u-loss of the axis, over its
-    one weight, is
+    This is Theorem 3.2 for a single axis, with D = 1 and the variance s^2 for d. The least u-loss of
+    the axis, over its one weight, is
         s^2 k^2 + (1-k)^2 - 3/4 (s^2 k - (1-k))^2 / (1 + s^2),      with slope  ((1 + s^2) k - 1) / 2,
     where 3/4 = <t>^2 / <t^2> for uniform times.
     So noise is the target where data are strong, and data are the target where they are weak.
@@ -209,23 +209,24 @@ def k_of_direction(variance):
 EXACT = 4096                          # up to so many numbers in a picture the innovation is exact
 
 def innovation(x, noise):
-    """r (points, C): how much of a coordinate the rest of the noisy picture does not tell, averaged
-    over a channel. x (N, C, H, W): data of covariance S; noise (points,): variances of the noise.
+    """The variance of a coordinate of x that the rest of the noisy picture cannot predict, r (L, C),
+    averaged over each channel. x (N, C, H, W): data of covariance S; noise (L,): variances of the
+    noise, for each of which r is computed.
 
     Linear regression of a noisy coordinate on all others leaves the variance 1 / [(S + noise
     I)^-1]_ii. Without the coordinate's own noise it is
         r_i = 1 / [(S + noise I)^-1]_ii - noise.
-    With up to EXACT numbers in a picture, and as many pictures, S is measured and its
-    eigenvalues are used. Beyond, pictures are taken for stationary: S is then diagonal in the
-    Fourier basis, a C x C matrix S_f for each frequency f, and [(S + noise I)^-1]_ii is the
-    mean over f of [(S_f + noise I)^-1]_cc."""
+    If a picture has at most EXACT numbers, and there are at least as many pictures as numbers, S is
+    measured and its eigenvalues are used. Otherwise pictures are taken for stationary: S is then
+    diagonal in the Fourier basis, a C x C matrix S_f for each frequency f, and [(S + noise I)^-1]_ii
+    is the mean over f of [(S_f + noise I)^-1]_cc."""
     N, C, H, W = x.shape
     x = x - x.mean(0)
     if x[0].numel() <= min(N, EXACT):
         values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T))            # (C H W,), (C H W, C H W)
         square = vectors.double().square()
         square = square / square.sum(1, keepdim=True)                 # eigh in float32 is 1e-6 off
-        inverse = (1 / (values.double().clamp(min=0) + noise[:, None])) @ square.T    # (points, C H W)
+        inverse = (1 / (values.double().clamp(min=0) + noise[:, None])) @ square.T    # (L, C H W)
         return (1 / inverse - noise[:, None]).view(len(noise), C, -1).mean(2)
     f = torch.fft.fft2(x, norm="ortho")
     S = torch.einsum("nchw,ndhw->hwcd", f, f.conj()) / (N - 1)
@@ -247,8 +248,9 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     Theorem. Call a network blind if its output i does not see its input i, but all others and t.
     Its best prediction of u_i = k x_i - (1-k) e_i is then k times the regression of x_i on the
     others, because the noise e_i is independent of all that it sees. What is left is k m_i - (1-k)
-    e_i, where m_i is x_i minus that regression. The variance r(t) of m_i is the innovation, at the
-    noise of z / t. So the least v-loss is, with s the noise's scale and <> the mean over times,
+    e_i, where m_i is x_i minus that regression. The variance r(t) of m_i is the innovation() for
+    noise of standard deviation s (1-t) / t, which is the noise in z / t. So the least v-loss is,
+    with s the noise's scale and <> the mean over times,
         L(k) = <(k^2 r + s^2 (1-k)^2) / Delta^2>,   Delta = k (1-t) + (1-k) t.
     Its slope is, since Delta - k Delta' = t and Delta + (1-k) Delta' = 1-t with Delta' = dDelta/dk,
         dL/dk = 2 <(r t k - s^2 (1-t) (1-k)) / Delta^3>,
@@ -258,10 +260,12 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     on Gaussian data.
 
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
-    the slope: (r t k - s^2 (1-t) (1-k)) is the covariance of what is left of u_i with what is left
-    of the input z_i. At this k it is 0 on average over the times: there is nothing to gain from z_i.
-    Special cases: if the rest tells nothing, r is the variance; with the u-loss and uniform times,
-    too, k is k_of_direction(). A k that is free at each t is (1-t) / (1-t + r t)."""
+    the slope. Regression on the other inputs leaves k m_i - (1-k) e_i of the target u_i, and
+    t m_i + (1-t) e_i of the input z_i. The bracket in the slope is the covariance of the two. At
+    this k its mean over the times, weighted by 1 / Delta^3, is 0: z_i itself tells nothing more
+    about u_i on average, though it does at single times.
+    If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss and times are
+    uniform, k is k_of_direction(). A k that is free at each t is (1-t) / (1-t + r t)."""
     if len(x) < 2 or not (x != x[:1]).any():
         raise ValueError("these data do not differ: they foretell no k")
     t = even_times(t_mean, t_std, points)
@@ -347,15 +351,15 @@ def check_theorem(D=64):
         S = torch.diag((torch.arange(D) < d).float())              # how the axes are turned changes nothing
         learned, loss = descend(S, TWO_TIMES)
         k = optimal_k(d, D)
-        along = optimal_loss(k, k - 1, d, d)
-        across = optimal_loss(k, k - 1, 0, D - d)
+        along = optimal_loss(k, k - 1, dim=d, ambient_dim=d)
+        across = optimal_loss(k, k - 1, dim=0, ambient_dim=D - d)
         print(f"{D:4} {d:4} {learned.item():11.3f} {k:9.3f} {loss:14.3f} {along + across:14.3f} = "
               f"{along:.3f} + {across:.3f}")
 
 def check_modes(k=0.8, rate=0.05):
-    """Eqs. (8)-(11): the layer's weight along the data and across, on its way, next to two
-    exponentials."""
-    print(f"\nEqs. (8)-(11). Both modes of the layer on their way, for k = {k} fixed\n")
+    """Eqs. (8)-(11): the layer's weight along the data, and across them, approaches the best one,
+    <u z> / <z^2>, as an exponential."""
+    print(f"\nEqs. (8)-(11). The layer's weight on its way, for k = {k} fixed\n")
     S = torch.diag(torch.tensor([1.0, 0.0]))
     W = torch.zeros(2, 2, requires_grad=True)
     for n in range(1, 161):

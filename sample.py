@@ -31,9 +31,9 @@ from objective import KDiff, seeded_normal
 # ---- Guidance and solvers (Alg. 2) -------------------------------------------------------------------------
 
 def guided(kdiff, y, scale, interval):
-    """velocity(z (N,C,H,W), t 0-d) for labels y (N,), guided by `scale` while interval[0] < t <
-    interval[1]. An interval that begins at 0 includes t = 0. Outside it, and at scale 1, only
-    the conditional pass runs."""
+    """Returns a function velocity(z (N,C,H,W), t 0-d) for labels y (N,). It is guided by `scale`
+    while interval[0] < t < interval[1]. An interval that begins at 0 includes t = 0. Outside it, and
+    at scale 1, only the conditional pass runs."""
     low, high = interval
     both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
 
@@ -217,8 +217,8 @@ def read_checkpoint(path, ema=None, model=None):
     require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
     # published files are shown by their longest average
     if published:
-        longest = [key for key in averages if key.startswith("0.") or "ema" in key]
-        default = (longest or list(averages))[0]
+        named = [key for key in averages if key.startswith("0.") or "ema" in key]
+        default = (named or list(averages))[0]
         if not any("pos_embed" in key for key in averages[default]):
             print0(f"{path}: it has no pos_embed; a grid of 16 x 16 tokens is assumed")
     ema = ema or default

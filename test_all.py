@@ -110,9 +110,9 @@ def test_one_clamp_bounds_loss_and_velocity():
 
 def test_order_is_one_permutation_after_the_other():
     """Batches of 8 of 11 images are positions in a chain of permutations, from any start, on any process."""
-    def order(*key, **share):
-        return sum(data.batch_indices(11, 8, *key, **share), [])
-    chain = order(3, 0, 22)
+    def order(seed, start, stop, **process):
+        return sum(data.batch_indices(11, 8, seed, start, stop, **process), [])
+    chain = order(seed=3, start=0, stop=22)
     for epoch in range(16):
         part = chain[11 * epoch:11 * epoch + 11]
         assert sorted(part) == [(epoch, i) for i in range(11)]
@@ -130,7 +130,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(call, monkeypatc
     write = train.Log.write
 
     def interrupted(log, lr):
-        if log.args.steps == 9 and log.state.step == 2:
+        if log.args.steps == 9 and log.state.step == 2:                     # heard after the next step
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
         write(log, lr)
@@ -1716,7 +1716,7 @@ BAD = """
     train.py --label_drop 1.5 | --label_drop 1.5
     train.py --image_size 16 --target two --loss u | two
     train.py --target eps --tau 0 | --tau 0 with --target eps
-    train.py --k_start 1.5 | --k_start 1.5: a number between 0 and 1
+    train.py --k_start 1.5 | --k_start 1.5: data, or a number
     train.py --target v --k_start 0.5 | --k_start has no effect on --target v
     train.py --target x --k_lr 2 | --k_lr has no effect on --target x
     train.py --target foo | --target: target 'foo' is unknown

@@ -98,7 +98,7 @@ SMALL = """
     --ema           .9995 .999 .995         .9995 .999 .995
     --sample_every  1000                    1000
 """
-# Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores (by --dry_run).
+# Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores, --dry_run estimates.
 LAPTOP = """
     --model         LightningDiT-demo/1     JiT-demo
     --steps         3000                    3000
@@ -123,16 +123,16 @@ FLAGS = f"""
     --image_size    count               pixels
     --tokenizer     text                for latents: pca (of patches), or VA-VAE weights
     --flip          yes/no              mirror pictures of --data at random (default yes)
-    --workers       whole               loading processes of each (default: 0 for demo, fashion, laptop; else at most 8)
+    --workers       whole               loading processes of each process (default: 8 at most; short runs 0)
 
     --model         text                a size that `python model.py` lists
     --qk_norm       switch              LightningDiT: normalise queries and keys
     --activation_checkpointing switch   recompute activations: less memory, slower
-    --compile       yes/no              compile each block (default: on GPUs; not for demo, fashion, laptop)
+    --compile       yes/no              compile each block (default: on GPUs, except for short runs)
     --dtype         float32|bfloat16    of autocast (default: bfloat16 if the GPU has it)
 
     --target        text                {", ".join(TARGETS)}, or a number in [0, 1] (default k)
-    --k_start       text                where k starts: a number in (0, 1), or data: as foretold (default 0.5)
+    --k_start       text                where k starts: 0.001 to 0.999, or data: as foretold (default 0.5)
     --loss          {"|".join(LOSSES)}           the variable whose error is squared (default v)
     --t_mean        number              mean of logit(t)
     --t_std         amount              standard deviation of logit(t)
@@ -212,8 +212,8 @@ def train(state, data, args):
         # waits for the device
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(norm):
-            # update the weights, then their averages, which sample: decay * average + (1
-            # - decay) * weight
+            # update the weights, then their averages, from which pictures are drawn:
+            # decay * average + (1 - decay) * weight
             state.optimizer.step()
             for decay, average in state.averages.items():
                 update = get_ema_multi_avg_fn(float(decay))
@@ -389,9 +389,9 @@ def resume(args, state):
     print0(f"resuming from {path} at step {state.step:,}")
 
 def start_from(args, config, kdiff, codec, classes):
-    """Load the weights of --init, ours or published, and return the codec that belongs to them.
-    Not the w of another target, nor the labels of other classes. Fixed tables are computed for
-    this run's sizes."""
+    """Load the weights of --init, ours or published, and return the codec that belongs to them. The
+    w of another target and the embeddings of other classes are left out. Fixed tables are computed
+    for this run's sizes."""
     file, _, weights = read_checkpoint(args.init)
     source, kept = file["config"], file["data"]
     name = f"--init {args.init}"
@@ -444,7 +444,7 @@ def parse(argv=None):
     args.cfg_given = typed.cfg is not None
     args.k_given = typed.k_start is not None
     try:
-        kdiff = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=1)
+        kdiff = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=VAVAE.channels)
     except ValueError as error:
         raise UserError(f"--target: {error}") from error
     # flags without effect are refused; of steps and epochs, yours comes before the preset's
@@ -500,11 +500,11 @@ def fill_in(args, kdiff):
             "--qk_norm has no effect on JiT, which has it always")
     # what Table 4 leaves open: tau in latents, the noise of pixels
     c, d = kdiff.coefficients(torch.tensor([0.0, 1.0]))    # Delta is c at t = 0 and -d at t = 1
-    if c[0] and d[1]:
+    if c[0].all() and d[1].all():
         fill(args, tau=0.0)
     fill(args, tau=0.05, noise_scale=args.image_size / 256)
-    require(args.k_start == "data" or re.fullmatch(r"0?\.\d*[1-9]\d*", args.k_start),
-            f"--k_start {args.k_start}: a number between 0 and 1, or data")
+    require(args.k_start == "data" or re.fullmatch(r"0?\.(?!0+$)\d{1,3}", args.k_start),
+            f"--k_start {args.k_start}: data, or a number from 0.001 to 0.999 of at most three digits")
     check_interval(args.interval)
     require(all(0 < decay < 1 for decay in args.ema), f"--ema {args.ema}: decays are between 0 and 1")
     require(args.label_drop < 1, f"--label_drop {args.label_drop}: a probability below 1 is needed")
@@ -512,7 +512,8 @@ def fill_in(args, kdiff):
             f"--cfg {args.cfg} has no effect with --label_drop 0: guidance needs images without a label")
     require(args.steps or args.epochs, "--epochs 0: there is nothing to do")
     require(args.noise_scale and args.t_std, "--noise_scale and --t_std must be above 0")
-    require(args.tau or c[0], f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
+    require(args.tau or c[0].all(),
+            f"--tau 0 with --target {args.target} divides by 0 at t = 0: try --tau 0.05")
 
 def fill(args, **values):
     """Set the flags that were not given."""
@@ -660,7 +661,7 @@ def estimate(args, config, kdiff):
     """Print how long the run would take here, from forward and backward passes of a few images."""
     parameter = next(kdiff.net.parameters())
     device = parameter.device
-    # few images, for about a second; the cost of a pass is proportional to them
+    # so few images that a pass takes about a second: its cost is proportional to their number
     cost = 6 * gmacs(kdiff.net, config["shape"], config["label_shape"])  # billions of operations an image
     n = min(args.micro_batch, max(1, int(50 / cost)))
     x = torch.randn(n, *config["shape"], device=device)

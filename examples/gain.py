@@ -3,7 +3,7 @@
     python examples/gain.py                      # trains three networks in out/gain: half an hour on one core
     python examples/gain.py gain.png out/gain "JiT-demo/8 JiT-open/8"
 
-Channels are components of patches of shapes. Networks differ in how many of them their bottleneck lets pass.
+Channels are components of patches of shapes. Networks differ in their bottleneck and in the size of patches.
 """
 import sys
 from pathlib import Path

@@ -23,7 +23,8 @@ def logit_normal(mean, std):
 def best_k(d, D, loss, density, tau):
     """The k, of thousandths, with the least loss for d-dimensional data in D dimensions."""
     ks = [n / 1000 for n in range(1, 1001)]
-    return min(ks, key=lambda k: optimal_loss(k, k - 1, d, D, loss, density, tau))
+    how = {"dim": d, "ambient_dim": D, "loss": loss, "density": density, "tau": tau}
+    return min(ks, key=lambda k: optimal_loss(k, k - 1, **how))
 
 def main(D=64, d=32):
     """Print one row for each loss and law of times."""

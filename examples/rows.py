@@ -1,7 +1,7 @@
 """Two more targets as rows of the table, with all that the other scripts do.
 
 asym    AsymFlow (arXiv 2605.12964): x - e in the 8 strongest components of a patch, x in the others
-edm     EDM (arXiv 2206.00364): the u that z says nothing about. For data of variance 1 it is that with
+edm     EDM (arXiv 2206.00364): the u that is uncorrelated with z, for data of variance 1:
         E[u z] = c t + d (1-t) = 0
 
     python examples/rows.py train.py --target asym                      # then the flags of that script
