@@ -86,7 +86,7 @@ def cross(x, y, r):
     return np.maximum(np.maximum(abs(x), abs(y)) - 1, bars)
 
 def star(x, y, r):
-    """A star has ten sectors from a tip to a notch. With the angle folded into one, it is a straight line."""
+    """The outline has ten equal pieces, from tip to notch: folding the angle makes them one line."""
     tenth = np.pi / 5                                    # the angle from a tip to a notch
     angle = abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)
     return r * np.sin(0.4 + angle) - 1.1 * np.sin(0.4)

@@ -1,8 +1,9 @@
 """Quality of samples: Frechet Inception Distance and Inception Score, by torch-fidelity's formulas.
 
-Images stream through Inception-v3 (2015) into float64 sums: memory does not grow with their number, and
-neither the batch size nor the number of processes changes the result. `--features pixels` needs no weights:
-it is the distance of 16x16 thumbnails, an offline yardstick, and not called FID.
+Images stream through Inception-v3 (2015) into float64 sums. For FID memory does not grow with their number;
+the Inception Score keeps 4 kB of each. Neither the batch size nor the number of processes changes the result.
+`--features pixels` needs no weights: it is the distance of 16x16 thumbnails, an offline yardstick, and not
+called FID.
 
     python fid.py --make_ref imagenet/train --image_size 256 --out ref.npz   the statistics of training images
     torchrun --nproc_per_node=8 fid.py out/pixel/ckpt*.pt ref.npz            checkpoints: a table, fid.csv

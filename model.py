@@ -77,8 +77,8 @@ class SwiGLU(nn.Module):
         self.dropout = dropout_layer(dropout)
 
     def forward(self, x):
-        # two products, for one would have to copy the gradients of its halves together: 5%
-        # of the demo's step
+        # two products: with one, the backward pass would have to concatenate the gradients of its
+        # two halves, 5% of the demo's step
         w1, w2 = self.w12.weight.chunk(2)
         b1, b2 = self.w12.bias.chunk(2)
         gate = F.linear(x, w1, b1)                                 # (N, T, hidden)
@@ -230,7 +230,7 @@ class DiT(Transformer):
         self.feat_rope.register_buffer("freqs_sin", sin)
         self.initialize()
 
-# The last three columns are for JiT alone. A row of yours is a size of yours.
+# The last three columns are for JiT alone. Add a row to add a size.
 SIZE_TABLE = """
     name               dim  depth  heads  bottleneck  context_tokens  context_start
     JiT-B              768     12     12         128              32              4
@@ -288,7 +288,8 @@ class TimeEmbedding(nn.Module):
         return F.linear(x, w2, b2).float()
 
 def angles(side, n):
-    """Row and column of each token times n frequencies from 1 down to 1/10000: two (T, n), row by row."""
+    """Two tables (T, n): the row of each token, and its column, times n frequencies that fall from 1
+    towards 1/10000."""
     i = torch.arange(n, dtype=torch.float64)
     place = torch.arange(side, dtype=torch.float64)
     a = place[:, None] * 10000.0 ** (-i / n)                       # (side, n)
@@ -380,7 +381,7 @@ def middle(width):
                  block_2=ResidualBlock(width, width))
 
 def leave(width, out):
-    """The last parts of both, by name."""
+    """The last layers of the encoder or the decoder, by name."""
     return {"norm_out": norm(width), "swish": nn.SiLU(), "conv_out": conv(width, out)}
 
 class VAVAE(nn.Module):

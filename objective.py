@@ -209,9 +209,9 @@ def k_of_direction(variance):
 EXACT = 4096                          # up to so many numbers in a picture the innovation is exact
 
 def innovation(x, noise):
-    """The variance of a coordinate of x that the rest of the noisy picture cannot predict, r (L, C),
-    averaged over each channel. x (N, C, H, W): data of covariance S; noise (L,): variances of the
-    noise, for each of which r is computed.
+    """r (L, C): the part of a coordinate's variance that the rest of the noisy picture cannot predict,
+    averaged over the coordinates of each channel. x (N, C, H, W): data of covariance S; noise (L,):
+    variances of the noise, for each of which r is computed.
 
     Linear regression of a noisy coordinate on all others leaves the variance 1 / [(S + noise
     I)^-1]_ii. Without the coordinate's own noise it is
@@ -260,12 +260,12 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     on Gaussian data.
 
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
-    the slope. Regression on the other inputs leaves k m_i - (1-k) e_i of the target u_i, and
-    t m_i + (1-t) e_i of the input z_i. The bracket in the slope is the covariance of the two. At
-    this k its mean over the times, weighted by 1 / Delta^3, is 0: z_i itself tells nothing more
-    about u_i on average, though it does at single times.
+    the slope. Subtract from target and input the regression on the other inputs. What remains of
+    u_i is k m_i - (1-k) e_i, and of z_i it is t m_i + (1-t) e_i. Their covariance is the bracket
+    in dL/dk. At this k its mean over the times, weighted by 1 / Delta^3, is 0. So z_i itself tells
+    nothing more about u_i on average, though it does at single times.
     If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss and times are
-    uniform, k is k_of_direction(). A k that is free at each t is (1-t) / (1-t + r t)."""
+    uniform, k is k_of_direction(). A k that is free at each t is s^2 (1-t) / (s^2 (1-t) + r t)."""
     if len(x) < 2 or not (x != x[:1]).any():
         raise ValueError("these data do not differ: they foretell no k")
     t = even_times(t_mean, t_std, points)

@@ -396,7 +396,8 @@ FLAGS = SAMPLER + """
 
 def open_sampler(path, args, device, picture=False):
     """What the flags of SAMPLER say about a checkpoint: (Checkpoint, class indices, how: arguments
-    of generate(), settings: what makes the samples). picture: by default of the first 8 classes."""
+    of generate(), settings: what makes the samples). picture: True for a
+    grid, which shows by default the first 8 classes."""
     checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     config, names = checkpoint.config, checkpoint.classes
     if first_decides(checkpoint.step) != checkpoint.step:              # on this process alone

@@ -483,7 +483,8 @@ def preset_flags(preset, space):
     return words
 
 def fill_in(args, kdiff):
-    """Set what follows from other flags. UserError for what cannot work. kdiff: of the target."""
+    """Set what follows from other flags. UserError for what cannot work. kdiff: one with
+    this target, without a network."""
     latent = args.space == "latent"
     require(latent or not args.tokenizer, "--tokenizer has no effect in pixel space")
     if not args.model:
@@ -666,7 +667,7 @@ def estimate(args, config, kdiff):
     n = min(args.micro_batch, max(1, int(50 / cost)))
     x = torch.randn(n, *config["shape"], device=device)
     cores = watch_cores()
-    end = time.perf_counter() + 6                          # time enough to give up a busy core
+    end = time.perf_counter() + 6                          # long enough for watch_cores() to act
     while time.perf_counter() < end:
         start = time.perf_counter()
         with autocast(device, args.dtype):
@@ -693,8 +694,9 @@ def ignore_signals(worker):
     on_signals(signal.SIG_IGN)
 
 def watch_cores():
-    """Call next() after each step on the CPU. Threads spin while they wait for each other: if other
-    programs leave them less than 0.7 of their cores, one thread less is faster, and is given up."""
+    """Call next() after each step on the CPU. Threads spin while they wait for each other. So if other
+    programs leave them less than 0.7 of their cores, one thread fewer is faster: this reduces
+    their number by one."""
     while True:
         began, used = time.perf_counter(), time.process_time()
         while time.perf_counter() - began < 2:

@@ -13,7 +13,7 @@ from sample import choose_classes, grid, guided, integrate, load, save_picture
 
 @torch.no_grad()
 def vary(checkpoint, x, y, start, steps=25):
-    """Pictures that share with x (N, C, H, W) what noise at t = start leaves of it."""
+    """Variations of x (N, C, H, W): noised up to t = start, then solved from there."""
     z = start * x + (1 - start) * checkpoint.kdiff.noise_scale * torch.randn_like(x)
     config = checkpoint.config
     velocity = guided(checkpoint.kdiff, y, config["cfg"], config["interval"])

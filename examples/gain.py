@@ -41,7 +41,7 @@ def best_gain(k, error, t):
     delta = k * (1 - t) + (1 - k) * t                                  # u = (delta x - (1-k) z) / (1-t)
     return (delta * t * error / (1 - t) ** 2 - (1 - k)) / (1 - t)
 
-def main(out="assets/gain.png", folder="out/gain", names=NAMES, steps=1000, n=3072, times=(0.15, 0.6, 0.3)):
+def main(out="gain.png", folder="out/gain", names=NAMES, steps=1000, n=3072, times=(0.15, 0.6, 0.3)):
     """Print a row for each network and time. Draw the first two at the last time."""
     images, y = read_items(data := open_dataset("shapes", 32), range(len(data)))
     panels = []

@@ -46,7 +46,7 @@ def learned_k(pictures, steps):
     train.main()
     return read_log(f"out/resolution-{R}", "k")[1][-1]
 
-def main(out="assets/resolution.png", source=None, steps=1000, largest=9, each=200):
+def main(out="resolution.png", source=None, steps=1000, largest=9, each=200):
     """Print and draw k for R = 8, 16, ..., 2^largest. Steps 0: nothing is trained."""
     images = map(read_image, list_images(source)) if source else map(made_picture, range(32))
     images, names, table = list(images), ("innovation", "D/(D+trace S)", "learned", "noise R/256"), []

@@ -1,6 +1,6 @@
 """The spiral of the JiT paper (its Figure 2) with k learned: the whole method with a network of another kind.
 
-    python examples/spiral.py                    # trains 16 networks, writes assets/spiral.png
+    python examples/spiral.py                    # trains 16 networks, writes spiral.png
 """
 import math
 import sys
@@ -35,7 +35,7 @@ def spiral(u):
     angle = 3 * math.pi * (u + 0.02).sqrt()
     return 0.2 * angle[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
 
-def main(out="assets/spiral.png", steps=1500, batch=256, dimensions=(2, 8, 16, 512)):
+def main(out="spiral.png", steps=1500, batch=256, dimensions=(2, 8, 16, 512)):
     """A spiral on a random plane of R^D: the same MLP learns eps, v, x, k. A row a target, a column a D."""
     cell, font = 200, ImageFont.load_default(14)
     sheet = Image.new("RGB", (len(dimensions) * cell, 4 * cell), PAPER)
