@@ -848,7 +848,7 @@ def test_codec_scales_once_and_back():
     ((0.5, 1.0), 3, range(26, 50)),
     ((0.0, 1.0), 1, [])])
 def test_guidance_acts_strictly_inside_its_interval(interval, scale, steps):
-    """Of 50 steps, t = 0.1 is outside of [0.1, 1], t = 0 inside of [0, 0.5]; else, and at scale 1, one pass."""
+    """Of 50 steps t = 0.1 is outside of [0.1, 1], t = 0 inside of [0, 0.5]; else, or at scale 1, one pass."""
     calls = []
 
     def echo(z, t, y):
@@ -1550,8 +1550,8 @@ def test_fault_of_one_process_ends_everything_with_one_line(tmp_path, processes,
     assert len(re.findall(f"^error: {printed}", said, re.M)) == 1, said
     if not processes:
         assert said.count("error: ") == 1 and "Traceback" not in said
-        *_, last = re.findall(r"^step ([\d,]+)/", said, re.M)
         if not victim:                                                      # what can be foreseen saves first
+            *_, last = re.findall(r"^step ([\d,]+)/", said, re.M)
             assert f"{read_tensors(out / 'ckpt.pt')['step']:,}" == last
 
 def test_kill_at_a_random_moment_leaves_a_loadable_checkpoint(tmp_path):
