@@ -842,7 +842,8 @@ def explain(error):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
     if WORLD > 1 and (isinstance(error, dist.DistError) or re.search("[Cc]onnection|[Tt]imed out", text)):
         return f"process {RANK} lost the others; the first error above says why ({in_short(error)})"
-    if "DataLoader worker" in text or isinstance(error, (ConnectionResetError, EOFError)):
+    cut_off = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "end of file" in text
+    if "DataLoader worker" in text or cut_off:
         return f"a loading process died, perhaps for memory: try fewer --workers ({in_short(error)})"
     raise error
 

@@ -1606,7 +1606,8 @@ def test_full_disks_leave_no_half_file(call, photos):
     (UserError("a: not whole\n(KeyError: b)"), "a: not whole (KeyError: b)\n", 0),
     (BrokenPipeError(32, "Broken pipe"), "nobody reads", 0),
     (SystemExit(130), "", 0),
-    (ConnectionResetError(104, "reset"), "a loading process died", 0)])
+    (ConnectionRefusedError(111, "refused"), "a loading process died", 0),
+    (OSError("got end of file during message"), "a loading process died", 0)])
 def test_errors_are_explained_in_one_line(monkeypatch, capsys, error, said, local_rank):
     """Paths, memory, lost processes; of two processes one prints what both met."""
     def fail():
