@@ -800,8 +800,9 @@ def stop(number, frame):
     raise SystemExit(128 + number)
 
 def run(main):
-    """Call main(). A UserError ends the program with its one line and exit status 2, once under
-    torchrun. With KDIFF_DEBUG=1 in the environment the traceback and its causes are printed, too."""
+    """Call main(). A UserError ends the program with its one line and exit status 2. Under torchrun
+    the first process of each machine prints it. With KDIFF_DEBUG=1 in the environment the traceback
+    and its causes are printed, too."""
     status = 0
     try:
         on_signals(stop)

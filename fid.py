@@ -6,7 +6,7 @@ the Inception Score keeps 4 kB of each. Neither the batch size nor the number of
 called FID.
 
     python fid.py --make_ref imagenet/train --image_size 256 --out ref.npz   the statistics of training images
-    torchrun --nproc_per_node=8 fid.py out/pixel/ckpt*.pt ref.npz            checkpoints: a table, fid.csv
+    torchrun --nproc_per_node=8 fid.py out/imagenet/ckpt*.pt ref.npz         checkpoints: a table, fid.csv
     python fid.py SAMPLES ref.npz             samples: a folder of images, a packed file, an .npz (arr_0)
 """
 # N images, H, W their size in pixels, D features
@@ -57,7 +57,7 @@ def root(sigma):
 
 def inception_score(logits, splits=10):
     """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean
-    and std. The order of rows matters: that of the files, or of the samples' indices. UserError
+    and std. The order of rows matters: they come as the files, or as the samples' indices. UserError
     for N < splits."""
     logits = torch.as_tensor(logits)
     n = len(logits)
@@ -89,8 +89,8 @@ def resize(x, size=299):
 
 # A block concatenates its branches, which are separated by bars. A branch is a chain of
 # convolutions, named as in the file, and of pools. They keep the image's size, except for "halve" and
-# for "/s", which means stride s and no padding. "a+b" applies both to the same input and concatenates: 7b
-# ends in branch3x3_2a and branch3x3_2b.
+# for "/s", which means stride s and no padding. "a+b" applies both to the same input and concatenates, as
+# at the end of two branches of 7b and 7c.
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
 A = "branch1x1 | branch5x5_1 branch5x5_2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 | average branch_pool"
 B = "branch3x3/2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2 | halve"
@@ -235,8 +235,8 @@ class Reference(NamedTuple):
     sha256: str = ""                  # of the file that was read
 
 def load_reference(path, features="inception"):
-    """The Reference in an .npz, published or of --make_ref. UserError if it is of other
-    features, or images."""
+    """The Reference in an .npz, published or of --make_ref. UserError if it was made
+    with other features, or contains images."""
     with reading(path, "an .npz of statistics (see --make_ref)"):
         file = np.load(path)
         mu, sigma = file["mu"], file["sigma"]

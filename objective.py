@@ -140,12 +140,12 @@ class KDiff(nn.Module):
     def loss(self, x, y, t, e):
         """The loss, a scalar. Data x (N,C,H,W), labels y (N,), times t (N,), noise e, already scaled."""
         c, d = self.coefficients(t)
-        s = t.view(-1, 1, 1, 1)
-        a, b, _, _ = path(s)
+        times = t.view(-1, 1, 1, 1)
+        a, b, _, _ = path(times)
         z = a * x + b * e                                                         # Eq. (1a)
         u = c * x + d * e                                                         # Eq. (1b)
         error = self.net(z, t, y).to(u.dtype) - u
-        scale = error_scale(self.loss_variable, c, d, s, self.tau)
+        scale = error_scale(self.loss_variable, c, d, times, self.tau)
         return (error * scale).square().mean()                                    # Eq. (15)
 
     def draw(self, x, y, seeds=None):
@@ -245,27 +245,28 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     the v-loss. With together: the one k (1,) for all channels. ValueError for fewer than 2
     pictures, or if all are alike.
 
-    Theorem. Call a network blind if its output i does not see its input i, but all others and t.
-    Its best prediction of u_i = k x_i - (1-k) e_i is then k times the regression of x_i on the
-    others, because the noise e_i is independent of all that it sees. What is left is k m_i - (1-k)
-    e_i, where m_i is x_i minus that regression. The variance r(t) of m_i is the innovation() for
-    noise of standard deviation s (1-t) / t, which is the noise in z / t. So the least v-loss is,
-    with s the noise's scale and <> the mean over times,
-        L(k) = <(k^2 r + s^2 (1-k)^2) / Delta^2>,   Delta = k (1-t) + (1-k) t.
+    Theorem. Call a network blind if its output i sees t and all inputs except input i. Its best
+    prediction of u_i = k x_i - (1-k) e_i is then k times the regression of x_i on the others, because
+    the noise e_i is independent of all that it sees. What is left is k m_i - (1-k) e_i, where m_i is
+    x_i minus that regression. The variance r(t) of m_i is the innovation() for noise of standard
+    deviation sigma (1-t) / t, which is the noise in z / t. So the least v-loss is, with sigma the
+    noise_scale and <> the mean over times,
+        L(k) = <(k^2 r + sigma^2 (1-k)^2) / Delta^2>,   Delta = k (1-t) + (1-k) t.
     Its slope is, since Delta - k Delta' = t and Delta + (1-k) Delta' = 1-t with Delta' = dDelta/dk,
-        dL/dk = 2 <(r t k - s^2 (1-t) (1-k)) / Delta^3>,
+        dL/dk = 2 <(r t k - sigma^2 (1-t) (1-k)) / Delta^3>,
     which is 0 at
-        k = 1 / (1 + rho),   rho = <r t / Delta^3> / (s^2 <(1-t) / Delta^3>).
+        k = 1 / (1 + rho),   rho = <r t / Delta^3> / (sigma^2 <(1-t) / Delta^3>).
     This is exact for linear blind networks on data of any distribution, and for all of them
     on Gaussian data.
 
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
     the slope. Subtract from target and input the regression on the other inputs. What remains of
-    u_i is k m_i - (1-k) e_i, and of z_i it is t m_i + (1-t) e_i. Their covariance is the bracket
-    in dL/dk. At this k its mean over the times, weighted by 1 / Delta^3, is 0. So z_i itself tells
-    nothing more about u_i on average, though it does at single times.
+    u_i is k m_i - (1-k) e_i, and of z_i it is t m_i + (1-t) e_i. Their covariance is the numerator
+    in dL/dk, r t k - sigma^2 (1-t) (1-k). At this k its mean over the times, weighted by 1 / Delta^3,
+    is 0. So z_i itself tells nothing more about u_i on average, though it does at single times.
+
     If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss and times are
-    uniform, k is k_of_direction(). A k that is free at each t is s^2 (1-t) / (s^2 (1-t) + r t)."""
+    uniform, k is k_of_direction(). A k that is free at each t is sigma^2 (1-t) / (sigma^2 (1-t) + r t)."""
     if len(x) < 2 or not (x != x[:1]).any():
         raise ValueError("these data do not differ: they foretell no k")
     t = even_times(t_mean, t_std, points)
@@ -282,8 +283,8 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     return k[0].float()
 
 def optimal_loss(c, d, dim, ambient_dim, loss="u", density=None, tau=0.0, points=20_000):
-    """Eq. (12): the least loss of a linear layer, summed over ambient_dim axes, dim of
-    which contain data.
+    """Eq. (12): the least loss of a linear layer, summed over `ambient_dim` axes. Data lie
+    in `dim` of them.
     c, d        the target's coefficients, numbers or functions of t (float64 tensor in (0, 1))
     loss, tau   as in KDiff; density: p(t) as a function of t, None for uniform times"""
     t = (torch.arange(points, dtype=torch.float64) + 0.5) / points                # midpoint rule

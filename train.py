@@ -187,8 +187,8 @@ def train(state, data, args):
             if not group.get("of_net", True):
                 group["lr"] = lr * args.k_lr
 
-        # forward and backward; gradients add up over micro batches; the last one also averages them
-        # over processes
+        # forward and backward; gradients add up over micro batches; the backward pass of the last one
+        # also averages them over processes
         loss = 0.0
         for i in range(0, share, args.micro_batch):
             part = slice(i, i + args.micro_batch)
@@ -654,8 +654,8 @@ def describe(args, config, kdiff, data):
            "image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
-    print0(f"pictures  of the average {average} of the weights (the longest that has forgotten the start, or "
-           f"none); guidance {config['cfg']}")
+    print0(f"pictures  by the average {average} of the weights (the longest that has forgotten the start; "
+           f"none: the weights themselves); guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
 def estimate(args, config, kdiff):

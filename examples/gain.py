@@ -26,7 +26,7 @@ def measure(kdiff, x, y, t):
     C, side = x.shape[1:3]
     channel, times = torch.arange(C), torch.full((C,), t)
     gains, errors = [], []
-    for images, labels in zip(x.split(C), y.split(C)):                 # image i of C is asked about channel i
+    for images, labels in zip(x.split(C), y.split(C)):                 # image i measures channel i
         z = t * images + (1 - t) * torch.randn_like(images)
         u = kdiff.net(z.requires_grad_(), times, labels)
         place = channel, channel, *torch.randint(side, (2, C))

@@ -15,7 +15,7 @@ import train
 from data import run
 
 class UNet(nn.Module):
-    """Two levels. net(z (N,C,H,W), t (N,), y (N,)) -> like z is all that is asked of a network."""
+    """Two levels. A network need only be called as net(z (N,C,H,W), t (N,), y (N,)) and return u^ like z."""
 
     def __init__(self, channels, num_classes, width=64):
         super().__init__()
