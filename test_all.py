@@ -962,7 +962,8 @@ def test_grid_shows_each_image_in_its_row():
     sheet = np.asarray(sample.grid(images, ["a", "long name"], 3))
     margin = sheet.shape[1] - 3 * 100 - 4
     assert len(sheet) == 404 and 16 < margin < 200
-    assert (sheet[:, :margin - 8] < 100).any()                              # there are names
+    dark, _, _ = np.nonzero(sheet[:, :margin - 8] < 100)                    # the names, next to their first rows
+    assert [dark.min(), dark.max()] == approx([52, 252], abs=12)
     for i, image in enumerate(images):
         top, left = 4 + 100 * (i // 3), margin + 100 * (i % 3)
         cell = sheet[top:top + 96:12, left:left + 96:12]
@@ -1161,6 +1162,8 @@ def test_samples_of_two_processes_make_one_file(two, call):
     assert ours["arr_1"].tolist() == theirs["arr_1"].tolist() == [5, 3, 5, 3, 5]
     settings = json.loads(f"{ours['settings']}")
     assert has(settings, "steps=2 classes=star,ring n=5") and settings["class_names"] == Shapes.classes
+    call("sample.py", two / "two/ckpt.pt", "--steps 2 --n 5 --classes star,ring --out grid.png")
+    assert Image.open("grid.png").height == 2 * 100 + 4                     # three of each class
 
 def test_each_flag_of_the_sampler_changes_samples(two, call):
     """Of a network with filled weights and averages with others; a flag without effect is refused."""
