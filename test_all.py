@@ -962,7 +962,7 @@ def test_grid_shows_each_image_in_its_row():
     sheet = np.asarray(sample.grid(images, ["a", "long name"], 3))
     margin = sheet.shape[1] - 3 * 100 - 4
     assert len(sheet) == 404 and 16 < margin < 200
-    dark, _, _ = np.nonzero(sheet[:, :margin - 8] < 100)                    # the names, next to their first rows
+    dark, _, _ = np.nonzero(sheet[:, :margin - 8] < 100)                    # the names, at their first rows
     assert [dark.min(), dark.max()] == approx([52, 252], abs=12)
     for i, image in enumerate(images):
         top, left = 4 + 100 * (i // 3), margin + 100 * (i % 3)
