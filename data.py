@@ -78,8 +78,8 @@ class Dataset(torch.utils.data.Dataset):
         tensor, label = self[i]
         return label, tensor.numpy().tobytes()
 
-# Signed distance of (x, y), at radius r, to the outline of a shape of radius about 1. It is
-# negative inside.
+# Signed distance of a point (x, y), which is r away from the centre, to the outline of a shape of
+# radius about 1. It is negative inside.
 def cross(x, y, r):
     """Two endless bars, cut to the square |x|, |y| < 1."""
     bars = np.minimum(abs(x), abs(y)) - 0.28
@@ -150,7 +150,7 @@ class Fashion(Dataset):
     classes = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
     url = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
     places = ["/usr/share/datasets/fashion-mnist", "~/.cache/kdiff"]
-    sha256 = {                        # of the unpacked content: packages are compressed again
+    sha256 = {                        # of the unpacked content: Debian compresses it anew
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"}
 
@@ -364,8 +364,8 @@ def open_vavae(path):
 
 class Stored(Dataset):
     """Packed images, or latents of `data.py encode` or LightningDiT: the .safetensors files at a
-    path, memory-mapped. Each contains labels, and images (N, 3, H, W) or latents and latents_flip
-    (N, C, h, w). Next to latents is latents_stats.pt with mean and std, for each channel.
+    path, memory-mapped. Each contains labels, and either images (N, 3, H, W), or latents and
+    latents_flip (N, C, h, w). Next to latents is latents_stats.pt with mean and std, for each channel.
     item: (uint8 image or float32 latent, not normalised, label). mirrored: the latent of the
     mirrored image."""
     flips = True
@@ -789,8 +789,8 @@ def new_parser(doc, flags):
 SIGNALS = [getattr(signal, name) for name in "SIGTERM SIGINT SIGHUP".split() if hasattr(signal, name)]
 
 def on_signals(handler):
-    """What the signals that ask this process to end do from now on. nohup's choice to ignore
-    SIGHUP stays."""
+    """Set the handler of the signals that ask this process to end. nohup's choice to ignore SIGHUP
+    stays."""
     for number in SIGNALS:
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -881,7 +881,7 @@ def hold(file, path):
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:                                  # of other kinds: a file system without locks
+    except OSError as error:                                  # any other: a file system without locks
         require(not isinstance(error, BlockingIOError), f"{path}: another process is writing there")
 
 @contextmanager

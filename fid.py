@@ -6,7 +6,7 @@ the Inception Score keeps 4 kB of each. Neither the batch size nor the number of
 called FID.
 
     python fid.py --make_ref imagenet/train --image_size 256 --out ref.npz   the statistics of training images
-    torchrun --nproc_per_node=8 fid.py out/imagenet/ckpt*.pt ref.npz         checkpoints: a table, fid.csv
+    torchrun --nproc_per_node=8 fid.py out/pixel-train/ckpt*.pt ref.npz      checkpoints: a table, fid.csv
     python fid.py SAMPLES ref.npz             samples: a folder of images, a packed file, an .npz (arr_0)
 """
 # N images, H, W their size in pixels, D features
@@ -57,7 +57,7 @@ def root(sigma):
 
 def inception_score(logits, splits=10):
     """exp of the mean KL(p(y|x) || p(y)) in each split of the shuffled logits (N, 1008): mean
-    and std. The order of rows matters: they come as the files, or as the samples' indices. UserError
+    and std. The order of rows matters: it is that of the files, or of the samples' indices. UserError
     for N < splits."""
     logits = torch.as_tensor(logits)
     n = len(logits)
@@ -315,14 +315,15 @@ FOUND = "fid pixel_distance is_mean is_std".split()               # columns of f
 
 def measure(path, args, extractor, reference, device):
     """Add the distance of a checkpoint's samples to fid.csv next to it. A measurement is known by
-    its settings and by the hashes of checkpoint and reference: one that is there is not repeated."""
+    its settings and by the hashes of checkpoint and reference: a
+    measurement that is already in the table is not repeated."""
     settings = {"file": sha256(path)[:16], "reference": reference.sha256[:16]}
     settings["weights"] = (extractor.sha256 or "")[:16]
     for name in ("tokenizer", "stats"):
         file = getattr(args, name)
         settings[name] = sha256(file)[:16] if file else ""
     checkpoint, classes, how, sampling = open_sampler(path, args, device)
-    if not sha256(path).startswith(settings["file"]):             # perhaps on this process alone
+    if not sha256(path).startswith(settings["file"]):             # perhaps on one process only
         raise FileError(f"{path} was replaced while it was read: try again")
     sampling["solver_steps"] = sampling.pop("steps")
     settings = sampling | settings
@@ -363,7 +364,7 @@ def is_checkpoint(path):
 FLAGS = SAMPLER + """
     paths          texts                checkpoints or samples, and last the reference
     --make_ref     text                 write a reference of these data, named as for train.py --data
-    --image_size   count                --make_ref: pixels, cropped to as in training
+    --image_size   count                --make_ref: pixels to which images are cropped, as in training
     --out          text                 --make_ref: the .npz
     --features     inception|pixels     pixels needs no weights, and is no FID (default inception)
     --weights      text                 Inception weights file (default: downloaded once)

@@ -86,7 +86,7 @@ class SwiGLU(nn.Module):
         return self.w3(self.dropout(F.silu(gate) * x))             # (N, T, D)
 
 class Block(nn.Module):
-    """Attention and MLP. The condition modulates each (adaLN) and gates what it adds to the stream.
+    """Attention and MLP. The condition modulates the input of each (adaLN) and gates its output.
     The first `drop` tokens leave the stream after attention."""
 
     def __init__(self, dim, heads, qk_norm, dropout=0.0):
@@ -475,7 +475,7 @@ def from_published(file, name=None):
     for key, weights in averages.items():
         averages[key] = {f"net.{name}": weight for name, weight in weights.items()}
     data = {"classes": [str(i) for i in range(config["num_classes"])]}
-    return {"config": config, "ema": averages, "step": file.get("epoch", 0), "data": data}
+    return {"config": config, "ema": averages, "step": 0, "data": data}
 
 def published_config(weights, name=None):
     """The config of a network, from the shapes of its weights (a dict). ValueError if no size fits."""

@@ -8,8 +8,8 @@
 
 u^ is the network's prediction of u, v^ the velocity that follows from it. The method is target "k": c = k,
 d = -(1-k), and k is trained with the network. Equations, tables and theorems are those of the paper,
-arXiv 2601.21419. `python objective.py` checks its theory, and more: linear networks and k, trained together,
-converge to closed forms.
+arXiv 2601.21419. `python objective.py` checks the paper's theorem and one of ours: linear networks and k,
+trained together, converge to closed forms.
 """
 import math
 import time
@@ -94,7 +94,7 @@ class KDiff(nn.Module):
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     channels    C, needed if the target learns a number for each channel (default: net.in_channels)
     k_start     where k starts, from 0.001 to 0.999: a number, or a tensor that broadcasts to w
-    ValueError: an unknown target or loss, or "two" with loss "u", which is 0 at k1 = k2 = 0."""
+    ValueError: an unknown target or loss; "two" with loss "u", which is 0 at k1 = k2 = 0; no channels."""
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
                  label_drop=0.1, loss="v", channels=None, k_start=0.5):
@@ -210,8 +210,8 @@ EXACT = 4096                          # up to so many numbers in a picture the i
 
 def innovation(x, noise):
     """r (L, C): the part of a coordinate's variance that the rest of the noisy picture cannot predict,
-    averaged over the coordinates of each channel. x (N, C, H, W): data of covariance S; noise (L,):
-    variances of the noise, for each of which r is computed.
+    averaged over the coordinates of each channel. x (N, C, H, W): data of covariance S; noise (L,): L
+    variances of the noise; row l of r is for variance l.
 
     Linear regression of a noisy coordinate on all others leaves the variance 1 / [(S + noise
     I)^-1]_ii. Without the coordinate's own noise it is
@@ -265,8 +265,8 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     in dL/dk, r t k - sigma^2 (1-t) (1-k). At this k its mean over the times, weighted by 1 / Delta^3,
     is 0. So z_i itself tells nothing more about u_i on average, though it does at single times.
 
-    If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss and times are
-    uniform, k is k_of_direction(). A k that is free at each t is sigma^2 (1-t) / (sigma^2 (1-t) + r t)."""
+    If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss, k is
+    k_of_direction(). A k that is free at each t is sigma^2 (1-t) / (sigma^2 (1-t) + r t)."""
     if len(x) < 2 or not (x != x[:1]).any():
         raise ValueError("these data do not differ: they foretell no k")
     t = even_times(t_mean, t_std, points)
@@ -381,7 +381,7 @@ def check_spectrum():
     show("s^2", variances, 2)
     show("learned", learned)
     show("theory", k_of_direction(variances))
-    print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise moves it like more pixels\n")
+    print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise raises k, as more pixels do\n")
     for sigma in (0.7, 1, 2):
         S = torch.diag(variances / sigma ** 2)
         learned, _ = descend(S, TWO_TIMES)

@@ -94,7 +94,7 @@ class Checkpoint(NamedTuple):
     codec: Codec
     config: dict                      # settings
     classes: list                     # their names
-    step: int                         # how many it has trained
+    step: int                         # steps trained; 0 for published files
     ema: str                          # which average of the weights it is, or "none"
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class Checkpoint(NamedTuple):
 
     def batches(self, labels, batch_size=64, **how):
         """This process's samples of a list of labels: (uint8 (B,3,H,W), range of indices), as
-        my_batches(). All batches are of one size, so that one compiled graph serves them."""
+        my_batches() gives them. All batches are of one size, so that one compiled graph serves them."""
         for indices in my_batches(len(labels), batch_size, "samples"):
             part = [labels[i % len(labels)] for i in indices]
             yield self.generate(part, indices, **how), indices
@@ -218,7 +218,7 @@ def read_checkpoint(path, ema=None, model=None):
     # published files are shown by their longest average
     if published:
         named = [key for key in averages if key.startswith("0.") or "ema" in key]
-        default = (named or list(averages))[0]
+        default = max(named, default=next(iter(averages)))
         if not any("pos_embed" in key for key in averages[default]):
             print0(f"{path}: it has no pos_embed; a grid of 16 x 16 tokens is assumed")
     ema = ema or default
@@ -264,11 +264,11 @@ COLOURS = "#1f77b4 #d62728 #2ca02c #9467bd #ff7f0e #787878".split()
 
 def grid(images, names, columns=8):
     """A picture of uint8 images (N,3,H,W), equally many for each name. Each name begins a row,
-    of up to `columns` images. Small images are enlarged."""
+    of up to `columns` images. Images below 96 pixels are enlarged."""
     each = len(images) // len(names)
     columns = min(columns, each)
     rows = math.ceil(each / columns)                                    # for each name
-    # sizes in pixels: images of at least about 96, next to a margin for the longest name
+    # sizes in pixels: small images enlarged to about 96, next to a margin for the longest name
     zoom = max(1, 96 // images.shape[2])
     height, width = (zoom * side for side in images.shape[2:])
     font = ImageFont.load_default(14)
@@ -400,7 +400,7 @@ def open_sampler(path, args, device, picture=False):
     grid, which shows by default the first 8 classes."""
     checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
     config, names = checkpoint.config, checkpoint.classes
-    if first_decides(checkpoint.step) != checkpoint.step:              # on this process alone
+    if first_decides(checkpoint.step) != checkpoint.step:              # perhaps on one process only
         raise FileError(f"{path} was replaced while it was read: try again")
     require(checkpoint.codec.can_decode, f"{path}: latents need --tokenizer FILE to become images")
     classes = list(range(len(names)))

@@ -903,16 +903,16 @@ def test_published_jit_files_load():
     net = model.build("JiT-demo/8", 32, 10)
     path = "checkpoint-last.pth"
     file = {"epoch": 5, "optimizer": {}, "args": argparse.Namespace(lr=1)}
-    for factor, name in enumerate("model model_ema1 model_ema2".split()):
+    for factor, name in enumerate("model model_ema2 model_ema1".split()):
         file[name] = {f"module.net.{key}": factor * value for key, value in net.state_dict().items()}
     torch.save(file, path)
-    for ema, factor in ((None, 1), ("0.9996", 2), ("none", 0)):
+    for ema, factor in ((None, 2), ("0.9996", 1), ("none", 0)):
         ours = load(path, ema).kdiff.net.t_embedder.mlp[0].weight
         assert torch.equal(ours, net.t_embedder.mlp[0].weight * factor)
     ours = load(path)
-    assert (ours.step, ours.ema, ours.classes) == (5, "0.9999", list("0123456789"))
+    assert (ours.step, ours.ema, ours.classes) == (0, "0.9999", list("0123456789"))
     assert has(ours.config, "model=JiT-demo/8 shape=[3,32,32] cfg=2.9 interval=[0.1,1.0] target=x tau=0.05")
-    refused("--ema 0.5: .*0.9999, 0.9996", load, path, "0.5")
+    refused("--ema 0.5: .*0.9996, 0.9999", load, path, "0.5")
     refused("not a JiT-wide/8 whose weights fit", load, path, model="JiT-wide/8")
 
 @mark.parametrize("qk_norm", [False, True])

@@ -34,8 +34,8 @@ from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interva
                     compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
                     read_checkpoint, read_log, read_rows, save_picture, write_rows)
 
-# Table 4. A row is a flag. The columns are the two spaces, and begin at characters 20 and 44; "-" leaves
-# the choice to fill_in().
+# Table 4. A row is a flag. The columns are the two spaces, and begin at characters 20 and 44; "-" sets
+# nothing, or leaves the choice to fill_in().
 TABLE_4 = """
                     latent                  pixel
     --model         LightningDiT-XL/1       -
@@ -98,7 +98,7 @@ SMALL = """
     --ema           .9995 .999 .995         .9995 .999 .995
     --sample_every  1000                    1000
 """
-# Own pictures on a laptop: about 1,000 of 32 px, a quarter of an hour on two cores, --dry_run estimates.
+# Own pictures on a laptop, about 1,000 of 32 px. On two cores --dry_run estimates a quarter of an hour.
 LAPTOP = """
     --model         LightningDiT-demo/1     JiT-demo
     --steps         3000                    3000
@@ -107,11 +107,11 @@ LAPTOP = """
 PRESETS = {"paper": TABLE_4, "demo": TABLE_4 + DEMO, "fashion": TABLE_4 + DEMO + FASHION,
            "small": TABLE_4 + DEMO + SMALL, "laptop": TABLE_4 + DEMO + FASHION + LAPTOP}
 
-# A row: the flag, its kind (KINDS in data.py: a count is at least 1, a whole number or an amount at least
-# 0; "a|b" is a choice), and its help.
+# A row: the flag, its kind (KINDS in data.py; count: an integer >= 1, whole: >= 0, amount: a number >= 0,
+# "a|b": a choice), and its help.
 FLAGS = f"""
     --space         pixel|latent        the column of Table 4 (default pixel)
-    --preset        {"|".join(PRESETS)}     other defaults (default: what fits --data and --image_size)
+    --preset        {"|".join(PRESETS)}     other defaults (default: what fits --data, --image_size, --model)
     --out           text                the run's folder (default out/SPACE[-DATA][-TARGET])
     --steps         count               optimizer steps in all (default: from --epochs)
     --epochs        amount              passes over the data
@@ -178,7 +178,7 @@ def train(state, data, args):
     for step, (batch, labels) in enumerate(batches(data, args, state.step, device), state.step):
         # noise, t and label drop of an image follow from the step and its place in the global batch
         seeds = [seed_of(args.seed, step, n) for n in range(RANK * share, (RANK + 1) * share)]
-        torch.manual_seed(seeds[0])                                   # whatever else a network may draw
+        torch.manual_seed(seeds[0])                                   # for other random numbers of a network
 
         # the learning rate: linear warmup, then constant
         lr = args.lr * min(1.0, (step + 1) / max(warmup, 1))
@@ -654,8 +654,8 @@ def describe(args, config, kdiff, data):
            "image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
-    print0(f"pictures  by the average {average} of the weights (the longest that has forgotten the start; "
-           f"none: the weights themselves); guidance {config['cfg']}")
+    print0(f"pictures  of average {average} (the longest that has forgotten the start, or none: the weights "
+           f"themselves); guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
 def estimate(args, config, kdiff):

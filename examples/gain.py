@@ -3,7 +3,7 @@
     python examples/gain.py                      # trains three networks in out/gain: half an hour on one core
     python examples/gain.py gain.png out/gain "JiT-demo/8 JiT-open/8"
 
-Channels are components of patches of shapes. Networks differ in their bottleneck and in the size of patches.
+Channels are components of patches of shapes. Networks differ in width, bottleneck and patches.
 """
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ SIZES["JiT-open"] = SIZES["JiT-wide"] | {"bottleneck": 192}            # as many
 NAMES = "JiT-wide/8 JiT-open/8 JiT-demo/4"
 
 def measure(kdiff, x, y, t):
-    """Mean gain and mean square error of x (N, C, h, w) in each channel: two (C,)."""
+    """Mean gain, and mean square error of the predicted x, like x (N, C, h, w), in each channel: two (C,)."""
     torch.manual_seed(0)
     C, side = x.shape[1:3]
     channel, times = torch.arange(C), torch.full((C,), t)
@@ -37,7 +37,7 @@ def measure(kdiff, x, y, t):
     return sum(gains) / len(gains), sum(errors) / len(errors)
 
 def best_gain(k, error, t):
-    """Of u = k x - (1-k) e. The best prediction of x has by Tweedie's formula the slope t error / (1-t)^2."""
+    """For u = k x - (1-k) e. By Tweedie's formula the best prediction of x has slope t error / (1-t)^2."""
     delta = k * (1 - t) + (1 - k) * t                                  # u = (delta x - (1-k) z) / (1-t)
     return (delta * t * error / (1 - t) ** 2 - (1 - k)) / (1 - t)
 

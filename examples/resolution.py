@@ -25,7 +25,7 @@ def made_picture(seed, side=1024):
     return Image.fromarray(Codec().decode(0.5 * x / x.std())[0].permute(1, 2, 0).numpy())
 
 def crops(images, R, each):
-    """uint8 (N, 3, R, R): squares of 2/3 to all of an image's shorter side; fewer for large R."""
+    """uint8 (N, 3, R, R): square crops, 2/3 to 1 times the shorter side; fewer crops for large R."""
     found = []
     for image in images:
         torch.manual_seed(0)
