@@ -677,6 +677,7 @@ def test_shapes_have_the_areas_and_places_of_their_factors(size):
     """Anti-aliased: areas by closed forms to 2%, whole pixels would miss by more."""
     # of radius 1, for instance of the disc pi 0.9^2, of the square 1.6^2
     areas = [2.545, 2.560, 1.405, 2.073, 1.926, 1.617, 1.728, 1.272]
+    assert len(open_dataset("shapes", size)) == 6400
     shapes = Shapes(80, size)
     pixels = np.arange(size) + 0.5
     for (image, label), factors in zip(shapes, shapes.factors):
@@ -1698,6 +1699,7 @@ BAD = """
     fid.py nowhere nowhere | nowhere
     fid.py nowhere | give SAMPLES or CHECKPOINTS and REF
     fid.py a.npz b.npz --cfg 2 | --cfg has no effect here
+    fid.py a.npz b.npz --image_size 32 | --image_size has no effect here
     fid.py --make_ref shapes --image_size 32 --out ref | --out FILE.npz
     data.py pack nowhere --out out/x | nowhere: no such folder
     data.py pack .. --out . | --out .: a folder; name a file
