@@ -701,10 +701,10 @@ def my_batches(n, batch_size, what="images"):
         first = part.start + RANK * size
         yield range(first, first + size)
 
-def print0(*args):
-    """Print on the first process only."""
+def print0(line):
+    """Print a line on the first process only."""
     if RANK == 0:
-        print(*args, flush=True)
+        print(f"{line}\n", end="", flush=True)                # in one piece: a signal may come in between
 
 def digest(*parts):
     """A hash of values, as a short text, equal on every machine."""
