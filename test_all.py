@@ -1404,7 +1404,7 @@ def evaluate_shapes():
     batches = list(fid.batches_of(Shapes(53, 32), 10, "shapes"))[::-1]
     reference = fid.Reference(__file__, np.zeros(12), np.eye(12))
     result = fid.evaluate(batches, 53, Stub(__file__), reference, torch.device("cpu"))
-    data.print0("result", json.dumps(result))
+    data.print0(f"result {json.dumps(result)}")
 
 def test_evaluation_does_not_depend_on_processes_batches_or_their_order(two, capsys):
     """Distance and score of 53 images at once, in batches of 10, the last first, and on two processes."""
