@@ -164,8 +164,8 @@ FIXED = ("model target space loss data_fingerprint shape num_classes batch_size 
 def train(state, data, args):
     """Algorithm 1 from state.step on. Yields (loss, gradient norm, learning rate) after every
     step. state: a State; data: a Dataset; args needs steps, seed, batch_size, micro_batch,
-    workers, lr, k_lr, warmup_epochs, clip, dtype. The loss is this process's. The norm is not
-    finite if the step was skipped. The caller logs, saves, draws and stops."""
+    workers, lr, k_lr, warmup_epochs, clip, dtype. The loss is this process's. A step whose norm is not
+    finite was skipped. The caller logs, saves, draws and stops."""
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")             # renamed in torch 2.13
     device = state.parameters[0].device
     model = state.kdiff
