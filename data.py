@@ -843,7 +843,7 @@ def explain(error):
         return "out of GPU memory: try half the --micro_batch or --batch_size, or --activation_checkpointing"
     if WORLD > 1 and (isinstance(error, dist.DistError) or re.search("[Cc]onnection|[Tt]imed out", text)):
         return f"process {RANK} lost the others; the first error above says why ({in_short(error)})"
-    cut_off = isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "end of file" in text
+    cut_off = isinstance(error, (ConnectionError, EOFError)) or "end of file during message" in text
     if "DataLoader worker" in text or cut_off:
         return f"a loading process died, perhaps for memory: try fewer --workers ({in_short(error)})"
     raise error
