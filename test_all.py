@@ -1626,7 +1626,8 @@ def test_errors_are_explained_in_one_line(monkeypatch, capsys, error, said, loca
         assert printed.startswith(f"error: {said}")
     assert printed.count("\n") == bool(said)
 
-@mark.parametrize("error", [OSError("no file"), FileNotFoundError("no word"), RuntimeError("shapes differ"), TypeError("a typo")])
+@mark.parametrize("error", [
+    OSError("no file"), FileNotFoundError("no word"), RuntimeError("shapes differ"), TypeError("a typo")])
 def test_bugs_of_ours_keep_their_traceback(error):
     """Only what a user can mend is a line."""
     def fail():
