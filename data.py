@@ -437,9 +437,9 @@ def open_dataset(source, image_size):
     return data
 
 def batch_indices(n, batch_size, seed, start, stop, rank=0, world=1):
-    """The order of training: one permutation per epoch, concatenated. Batch m is positions m B
-    to (m+1) B - 1. Yields a process's share of each batch as a list of (epoch, index), for steps
-    start, ..., stop - 1."""
+    """The order of training: one permutation of the n items per epoch, concatenated, and cut into
+    batches. Yields a process's share of each batch as a list of (epoch, index), for steps start, ...,
+    stop - 1."""
     @functools.lru_cache(2)                                            # a batch may straddle two epochs
     def permutation(epoch):
         generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
@@ -694,8 +694,8 @@ def in_batches(indices, batch_size, what="images"):
             print(f"{what} {done:,}/{n:,} | {left:,.0f} s left", file=sys.stderr)
 
 def my_batches(n, batch_size, what="images"):
-    """This process's share of the indices below n, in ranges of one length: every WORLD-th range.
-    All processes get equally many. The last ranges may go beyond n: whoever writes drops that surplus."""
+    """This process's share of the indices 0, ..., n - 1: ranges of one length, equally many on
+    each process. So the last ranges may go beyond n - 1. Whoever collects the results drops these."""
     size = min(batch_size, math.ceil(n / WORLD))
     for part in in_batches(range(n), size * WORLD, what):
         first = part.start + RANK * size

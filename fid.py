@@ -87,10 +87,10 @@ def resize(x, size=299):
         x = (left + (right - left) * (source - low)).mT
     return x
 
-# A block concatenates its branches, which are separated by bars. A branch is a chain of
-# convolutions, named as in the file, and of pools. They keep the image's size, except for "halve" and
-# for "/s", which means stride s and no padding. "a+b" applies both to the same input and concatenates, as
-# at the end of two branches of 7b and 7c.
+# A block concatenates its branches, which are separated by "|". A branch is a chain of
+# convolutions, named as in the file, and of pools. They keep the size of the image, except for "halve"
+# and "name/s", a convolution of stride s without padding. "a+b" means that a and b get the same input,
+# and that their outputs are concatenated.
 STEM = "Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 halve Conv2d_3b_1x1 Conv2d_4a_3x3/1 halve"
 A = "branch1x1 | branch5x5_1 branch5x5_2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3 | average branch_pool"
 B = "branch3x3/2 | branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2 | halve"

@@ -5,7 +5,7 @@
     u = net(z, t, y)                                        # (N, C, H, W), (N,), (N,) -> (N, C, H, W)
 
 Time t is in [0, 1]. The label num_classes means "no label". The keys of the state dict are those of the
-published files, so that their weights load strictly; the end of this file says what such a file contains.
+published files, so that their weights load as they are; the end of this file says what such a file contains.
 JiT: arXiv 2511.13720. LightningDiT and VA-VAE: arXiv 2501.01423.
 """
 # N batch, C channels, H height, W width; p side of a patch, T tokens, D width of a token, h = D / heads
@@ -87,7 +87,7 @@ class SwiGLU(nn.Module):
 
 class Block(nn.Module):
     """Attention and MLP. The condition modulates the input of each (adaLN) and gates its output.
-    The first `drop` tokens leave the stream after attention."""
+    After attention the first `drop` tokens are dropped."""
 
     def __init__(self, dim, heads, qk_norm, dropout=0.0):
         super().__init__()
@@ -225,7 +225,7 @@ class DiT(Transformer):
         super().__init__(patch_size=patch_size, in_channels=in_channels, dim=dim, heads=heads, **config)
         self.x_embedder = named(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size))
         cos, sin = rotary_positions(self.side, dim // heads)
-        self.feat_rope = nn.Module()       # a strict load of published files needs it; never used
+        self.feat_rope = nn.Module()       # published files contain these tables; we never use them
         self.feat_rope.register_buffer("freqs_cos", cos)
         self.feat_rope.register_buffer("freqs_sin", sin)
         self.initialize()
@@ -451,11 +451,10 @@ AVERAGES = {"model_ema1": "0.9999", "model_ema2": "0.9996", "model": "none"}    
 # Tables that follow from the sizes of a network. A file need not contain them.
 TABLES = "pos_embed feat_rope.freqs_cos feat_rope.freqs_sin".split()
 
-def from_published(file, name=None):
-    """The dict in a published file, in the form of our checkpoints. It is the weights, or a dict
-    of dicts of weights such as "model" and "ema". Prefixes such as "module." are removed.
-    name: of the size, if the shapes leave it open. ValueError if it is neither JiT nor
-    LightningDiT."""
+def from_published(file):
+    """The dict in a published file, in the form of our checkpoints. The file contains weights, or
+    several dicts of weights such as "model" and "ema". Prefixes such as "module." are removed.
+    ValueError if it is neither JiT nor LightningDiT."""
     parts = {}
     for key, part in file.items():
         if isinstance(part, dict) and any(map(torch.is_tensor, part.values())):
@@ -471,14 +470,15 @@ def from_published(file, name=None):
             raise ValueError(f"it is {kind}, neither JiT nor LightningDiT")
         start = prefixes[0]
         averages[key] = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-    config = published_config(next(iter(averages.values())), name)
+    config = published_config(next(iter(averages.values())))
     for key, weights in averages.items():
         averages[key] = {f"net.{name}": weight for name, weight in weights.items()}
     data = {"classes": [str(i) for i in range(config["num_classes"])]}
     return {"config": config, "ema": averages, "step": 0, "data": data}
 
-def published_config(weights, name=None):
-    """The config of a network, from the shapes of its weights (a dict). ValueError if no size fits."""
+def published_config(weights):
+    """The config of a network, from the shapes of its weights (a dict). ValueError unless one row of
+    SIZES fits."""
     family = "LightningDiT"
     embedder = weights.get("x_embedder.proj.weight")
     if embedder is None:
@@ -489,11 +489,11 @@ def published_config(weights, name=None):
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     fits = [size for size, row in SIZES.items()
             if size.startswith(family) and (row["dim"], row["depth"]) == (dim, depth)]
-    if not (name or fits):
-        raise ValueError(f"it is a {family} of depth {depth} and width {dim}, which SIZES does not list")
+    if len(fits) != 1:
+        raise ValueError(f"it is a {family} of depth {depth} and width {dim}: {len(fits)} rows of SIZES fit")
     table = weights.get("pos_embed", torch.empty(1, 256, dim))      # 16 x 16 tokens, as published
     side = math.isqrt(table.shape[1]) * patch
-    config = PUBLISHED[family] | {"model": name or f"{fits[0]}/{patch}", "shape": [channels, side, side]}
+    config = PUBLISHED[family] | {"model": f"{fits[0]}/{patch}", "shape": [channels, side, side]}
     config["num_classes"] = len(weights["y_embedder.embedding_table.weight"]) - 1
     if family == "JiT":
         config["noise_scale"] = side / 256

@@ -90,7 +90,7 @@ class KDiff(nn.Module):
 
     net         is called as net(z (N,C,H,W), t (N,), y (N,)) -> u^ (N,C,H,W); y = num_classes is "no label"
     target      a row of TARGETS, or a number in [0, 1]: that k, fixed
-    t_mean, t_std, noise_scale, tau, label_drop      see Table 4 in train.py
+    t_mean, t_std, noise_scale, tau, label_drop      flags of train.py, which explains them
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     channels    C, needed if the target learns a number for each channel (default: net.in_channels)
     k_start     where k starts, from 0.001 to 0.999: a number, or a tensor that broadcasts to w

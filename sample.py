@@ -32,7 +32,7 @@ from objective import KDiff, seeded_normal
 
 def guided(kdiff, y, scale, interval):
     """Returns a function velocity(z (N,C,H,W), t 0-d) for labels y (N,). It is guided by `scale`
-    while interval[0] < t < interval[1]. An interval that begins at 0 includes t = 0. Outside it, and
+    while interval[0] < t < interval[1], and also at t = 0 if interval[0] is 0. At other times, and
     at scale 1, only the conditional pass runs."""
     low, high = interval
     both = torch.cat([y, torch.full_like(y, kdiff.num_classes)])
@@ -189,14 +189,14 @@ def open_codec(kept, file=None):
         tokenizer = open_vavae(file)
     return Codec(tokenizer, kept.get("mean"), kept.get("std"))
 
-def read_checkpoint(path, ema=None, model=None):
+def read_checkpoint(path, ema=None):
     """(the dict in a checkpoint of ours, or a published one in our form; which average; the weights
     of KDiff). FileError for other files; UserError for an average that it does not contain."""
     file = read_tensors(path)
     published = not {"config", "data", "ema"} <= set(file)
     if published:
         try:
-            file = from_published(file, model)
+            file = from_published(file)
         except ValueError as error:
             raise FileError(f"{path}: {error}") from error
         except KeyError as error:
@@ -214,7 +214,6 @@ def read_checkpoint(path, ema=None, model=None):
         _, _, _ = config["shape"]
         if not published:
             default = default_average(averages, file["step"])
-    require(model in (None, config["model"]), f"--model {model}: {path} contains a {config['model']}")
     # published files are shown by their longest average
     if published:
         named = [key for key in averages if key.startswith("0.") or "ema" in key]
@@ -228,14 +227,13 @@ def read_checkpoint(path, ema=None, model=None):
     require(weights, f"--ema {ema}: {path} has {', '.join(averages)}")
     return file, ema, weights
 
-def load(path, ema=None, model=None, tokenizer=None, stats=None, device="cpu"):
+def load(path, ema=None, tokenizer=None, stats=None, device="cpu"):
     """A Checkpoint from a file of ours or a published one (.pt, .pth or .safetensors).
     ema          which average: a decay, or "none" for the weights themselves (default: default_average)
-    model        the size of a published network, if the shapes leave it open
     tokenizer    the VA-VAE weights file; stats: latents_stats.pt. Both are for latent networks.
     UserError for files that do not fit, or that need a tokenizer or statistics."""
     # what the file is, and what of the flags belongs to it
-    file, ema, weights = read_checkpoint(path, ema, model)
+    file, ema, weights = read_checkpoint(path, ema)
     config, kept = file["config"], file["data"]
     latent = config["space"] == "latent"
     require(not tokenizer or (latent and not kept.get("pca")),
@@ -354,23 +352,19 @@ def append_row(path, row):
 # ---- Commands ----------------------------------------------------------------------------------------------
 
 def choose_classes(text, names):
-    """The indices that a --classes value names: class names or numbers, separated by commas. A
-    number is taken as an index, unless all words are names. A name that contains a comma is put in
-    double quotes."""
+    """The indices that a --classes value names, separated by commas. If all words are names of classes,
+    they are taken as names, else as indices. A name that contains a comma is put in double
+    quotes."""
     words = next(csv.reader([text]), [])
     if text in names:
         words = [text]
-    all_names = set(words) <= set(names)
-    chosen = []
+    if set(words) <= set(names):
+        return [names.index(word) for word in words]
     for word in words:
-        if word in names and (all_names or not word.isdecimal()):
-            chosen.append(names.index(word))
-        else:
-            require(word.isdecimal() and int(word) < len(names),
-                    f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1} "
-                    f"({', '.join(names[:20])})")
-            chosen.append(int(word))
-    return chosen
+        require(word.isdecimal() and int(word) < len(names),
+                f"--classes {word}: not a label of this checkpoint, which has 0 to {len(names) - 1} "
+                f"({', '.join(names[:20])})")
+    return [int(word) for word in words]
 
 # The flags of sample.py and fid.py that say what to draw from a checkpoint, and how.
 SAMPLER = """
@@ -383,7 +377,6 @@ SAMPLER = """
     --tau          amount               the least Delta (default: the checkpoint's)
     --ema          text                 an average, or none (default: see default_average())
     --seed         integer              of the noise (default 0)
-    --model        text                 the size of a published network, if the shapes leave it open
     --tokenizer    text                 VA-VAE weights file, for latent networks
     --stats        text                 latents_stats.pt, for published latent networks
     --dtype        float32|bfloat16     of autocast (default: bfloat16 if the GPU has it)
@@ -398,7 +391,7 @@ def open_sampler(path, args, device, picture=False):
     """What the flags of SAMPLER say about a checkpoint: (Checkpoint, class indices, how: arguments
     of generate(), settings: what makes the samples). picture: True for a
     grid, which shows by default the first 8 classes."""
-    checkpoint = load(path, args.ema, args.model, args.tokenizer, args.stats, device)
+    checkpoint = load(path, args.ema, args.tokenizer, args.stats, device)
     config, names = checkpoint.config, checkpoint.classes
     if first_decides(checkpoint.step) != checkpoint.step:              # perhaps on one process only
         raise FileError(f"{path} was replaced while it was read: try again")

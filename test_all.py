@@ -899,7 +899,7 @@ def test_jit_loss_and_sampler_give_the_published_numbers():
         found = [z.norm().item(), *z[:, 1, 5, 7].tolist()]
         assert found == recorded(numbers, rel=1e-5, abs=2e-5)
 
-def test_published_jit_files_load():
+def test_published_jit_files_load(monkeypatch):
     """With all that JiT's script saves (a pickled Namespace, an optimizer); ema1, or the average chosen."""
     net = model.build("JiT-demo/8", 32, 10)
     path = "checkpoint-last.pth"
@@ -914,7 +914,8 @@ def test_published_jit_files_load():
     assert (ours.step, ours.ema, ours.classes) == (0, "0.9999", list("0123456789"))
     assert has(ours.config, "model=JiT-demo/8 shape=[3,32,32] cfg=2.9 interval=[0.1,1.0] target=x tau=0.05")
     refused("--ema 0.5: .*0.9996, 0.9999", load, path, "0.5")
-    refused("not a JiT-wide/8 whose weights fit", load, path, model="JiT-wide/8")
+    monkeypatch.setitem(model.SIZES, "JiT-twin", model.SIZES["JiT-demo"])
+    refused("depth 4 and width 96: 2 rows of SIZES fit", load, path)
 
 @mark.parametrize("qk_norm", [False, True])
 def test_published_dit_files_load_with_their_statistics(qk_norm):
@@ -983,7 +984,7 @@ def test_classes_are_chosen_by_names_or_by_numbers():
             a,b | c a,b | [1]
             "a,b",c | c a,b | [1, 0]"""):
         assert repr(sample.choose_classes(text, names.split())) == expected
-    for word in ("3", "d", "-1"):
+    for word in ("3", "d", "-1", "a,1"):
         refused("not a label.* 2 .a, b, c.$", sample.choose_classes, word, list("abc"))
 
 # ---- train.py ----------------------------------------------------------------------------------------------

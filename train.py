@@ -200,16 +200,16 @@ def train(state, data, args):
             with sync:
                 with autocast(device, args.dtype):
                     part_loss = model(x, y, seeds[part]) * (len(x) / share)
-                # if the loss is not finite, force NaN gradients; DDP's average carries them to every
-                # process
+                # make all gradients NaN if the loss is not finite: their average is then NaN on every
+                # process, and all of them skip the step
                 part_loss.backward(torch.where(part_loss.isfinite(), 1.0, torch.nan))
             loss = loss + part_loss.detach()
         norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
         if args.clip:
             torch.nn.utils.clip_grads_with_norm_(state.parameters, args.clip, norm)
 
-        # skip what is not finite, on all processes alike: the only place where a step
-        # waits for the device
+        # skip the step if a gradient is not finite, on all processes alike. This check is the only
+        # place where a step waits for the device
         loss, norm = torch.stack([loss, norm]).tolist()
         if math.isfinite(norm):
             # update the weights, then their averages, from which pictures are drawn:
@@ -218,6 +218,8 @@ def train(state, data, args):
             for decay, average in state.averages.items():
                 update = get_ema_multi_avg_fn(float(decay))
                 update(list(average.parameters()), list(state.kdiff.parameters()), None)
+        else:
+            state.skipped += 1
         state.optimizer.zero_grad(set_to_none=True)
         state.step = step + 1
         yield loss, norm, lr
@@ -526,6 +528,7 @@ def open_data(args):
     """The dataset that --data names. UserError if it does not fit the other flags."""
     data = open_dataset(args.data, args.image_size)
     data.flips = data.flips and args.flip
+    args.flip = data.flips
     data.seed = args.seed
     latents = data.mean is not None
     _, height, width = data[0][0].shape
@@ -654,8 +657,8 @@ def describe(args, config, kdiff, data):
            "image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
-    print0(f"pictures  of average {average} (the longest that has forgotten the start, or none: the weights "
-           f"themselves); guidance {config['cfg']}")
+    print0(f"pictures  from the weights' average {average} (the longest that has forgotten the start; none: "
+           f"the weights themselves); guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
 def estimate(args, config, kdiff):
@@ -742,7 +745,6 @@ class Log:
             self.good.append((loss, norm))
         else:
             self.bad_in_a_row += 1
-            self.state.skipped += 1
 
     def write(self, lr):
         """The mean of the steps since the last line, over all processes."""

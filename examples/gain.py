@@ -1,4 +1,4 @@
-"""Do networks use a channel's own value? Their gains du_i/dz_i, which the blind-spot theorem takes for 0.
+"""Do networks use a channel's own value? Their gains du_i/dz_i tell: those of blind networks are 0.
 
     python examples/gain.py                      # trains three networks in out/gain: half an hour on one core
     python examples/gain.py gain.png out/gain "JiT-demo/8 JiT-open/8"

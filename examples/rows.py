@@ -18,7 +18,7 @@ from data import run
 from objective import TARGETS
 
 def asym(w, t):
-    """c = 1; d = -1 for the strongest channels, else 0. w (C, 1, 1) only tells how many there are."""
+    """c = 1; d = -1 for the 8 strongest channels, else 0. w (C, 1, 1) is not learned: it tells C."""
     strong = torch.arange(len(w), device=w.device).view(-1, 1, 1) < 8
     return 1.0, -1.0 * strong
 
