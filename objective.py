@@ -72,7 +72,8 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
-    # b and a are clamped like Delta: so for target x, whose Delta is b, the x-loss is the plain u-loss
+    # b and a are clamped like Delta, so that equal ones cancel: for target x Delta is b, and the x-loss
+    # is then the plain u-loss
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -223,7 +224,10 @@ def innovation(x, noise):
     N, C, H, W = x.shape
     x = x - x.mean(0)
     if x[0].numel() <= min(N, EXACT):
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)                   # eigh in several takes up to 10 times as long on busy cores
         values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T))            # (C H W,), (C H W, C H W)
+        torch.set_num_threads(threads)
         square = vectors.double().square()
         square = square / square.sum(1, keepdim=True)                 # eigh in float32 is 1e-6 off
         inverse = (1 / (values.double().clamp(min=0) + noise[:, None])) @ square.T    # (L, C H W)
@@ -263,7 +267,7 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     the slope. Subtract from target and input the regression on the other inputs. What remains of
     u_i is k m_i - (1-k) e_i, and of z_i it is t m_i + (1-t) e_i. Their covariance is the numerator
     in dL/dk, r t k - sigma^2 (1-t) (1-k). At this k its mean over the times, weighted by 1 / Delta^3,
-    is 0. So z_i itself tells nothing more about u_i on average, though it does at single times.
+    is 0. So for all times together a linear use of z_i gains nothing. At single times it does.
 
     If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss, k is
     k_of_direction(). A k that is free at each t is sigma^2 (1-t) / (sigma^2 (1-t) + r t)."""

@@ -657,8 +657,8 @@ def describe(args, config, kdiff, data):
            "image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
-    print0(f"pictures  from the weights' average {average} (the longest that has forgotten the start; none: "
-           f"the weights themselves); guidance {config['cfg']}")
+    print0(f"pictures  from the weights' average {average} (the longest that has forgotten the start; if none "
+           f"has, the weights themselves); guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
 def estimate(args, config, kdiff):
