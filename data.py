@@ -171,7 +171,7 @@ class Fashion(Dataset):
         paths = [Path(place, f"{name}.gz").expanduser() for place in self.places]
         path = next(filter(Path.is_file, paths), paths[-1])
         if not path.is_file():
-            download(self.url + path.name, path, f"; fetch it elsewhere and put it at {path}")
+            download(self.url + path.name, path)
         with reading(path, "Fashion-MNIST"):
             content = gzip.decompress(path.read_bytes())
             if hashlib.sha256(content).hexdigest() != self.sha256[name]:
@@ -362,6 +362,16 @@ def open_vavae(path):
     with reading(path, "a VA-VAE f16d32"):
         return VAVAE(weights)
 
+def read_statistics(path, channels):
+    """mean and std, each (1, C, 1, 1), in a latents_stats.pt. FileError if they are of no use."""
+    file = read_tensors(path)
+    with reading(path, f"a mean and a std for each of {channels} channels"):
+        mean = file["mean"].float().view(1, channels, 1, 1)
+        std = file["std"].float().view(1, channels, 1, 1)
+        if not ((std > 0).all() and (mean + std).isfinite().all()):
+            raise ValueError("they must be finite, and std above 0")
+    return mean, std
+
 class Stored(Dataset):
     """Packed images, or latents of `data.py encode` or LightningDiT: the .safetensors files at a
     path, memory-mapped. Each contains labels, and either images (N, 3, H, W), or latents and
@@ -398,12 +408,7 @@ class Stored(Dataset):
         self.classes = class_names(metadata, np.concatenate(labels), path)
         if self.kind == "latents":
             file = Path(path, "latents_stats.pt")                      # written last: the folder is complete
-            statistics = read_tensors(file)
-            with reading(file, f"a mean and a std for each of {shape[1]} channels"):
-                self.mean = statistics["mean"].float().view(1, shape[1], 1, 1)
-                self.std = statistics["std"].float().view(1, shape[1], 1, 1)
-            require((self.std > 0).all() and (self.mean + self.std).isfinite().all(),
-                    f"{file}: mean and std must be finite, and std above 0")
+            self.mean, self.std = read_statistics(file, shape[1])
 
     def item(self, i, name=None):
         number = int(np.searchsorted(self.starts, i, side="right")) - 1
@@ -923,9 +928,9 @@ def new_file(path):
                 temporary.unlink(missing_ok=True)
                 raise
 
-def download(url, path, remedy, **how):
+def download(url, path, **how):
     """Fetch url to path, whole or not at all. FileError if it cannot be fetched."""
-    with reading(url, "to be fetched", remedy):
+    with reading(url, "to be fetched", f"; fetch it elsewhere and put it at {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, **how)
 

@@ -23,8 +23,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from data import (RANK, WORLD, Codec, FileError, PatchPCA, UserError, first_decides, gather,
-                  in_short, my_batches, new_file, new_parser, open_vavae, print0, read_tensors, reading,
-                  require, run, seed_of, setup, writing)
+                  in_short, my_batches, new_file, new_parser, open_vavae, print0, read_statistics,
+                  read_tensors, reading, require, run, seed_of, setup, writing)
 from model import TABLES, build, from_published
 from objective import KDiff, seeded_normal
 
@@ -241,9 +241,8 @@ def load(path, ema=None, tokenizer=None, stats=None, device="cpu"):
     require(not stats or (latent and kept.get("mean") is None),
             f"--stats {stats} has no effect: {path} needs no statistics")
     if stats:
-        values = read_tensors(stats)
-        with reading(stats, "latent statistics"):
-            kept = kept | {key: values[key].float().view(1, -1, 1, 1) for key in ("mean", "std")}
+        mean, std = read_statistics(stats, config["shape"][0])
+        kept = kept | {"mean": mean, "std": std}
     require(not latent or kept.get("mean") is not None,
             f"{path}: a latent network needs --stats (latents_stats.pt) and --tokenizer to sample")
     # the network, the codec

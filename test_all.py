@@ -933,6 +933,9 @@ def test_published_dit_files_load_with_their_statistics(qk_norm):
                             "noise_scale=1.0")
     assert ours.codec.mean.flatten().tolist() == [*range(32)]
     refused("--stats", load, "dit.pt")
+    for mean, std, said in (0, 0, "std above 0"), (math.nan, 1, "finite"):
+        torch.save({"mean": torch.full((32,), mean), "std": torch.full((32,), std)}, "bad.pt")
+        refused(said, load, "dit.pt", stats="bad.pt")
     save_arrays("dit.safetensors", **{key: value.bfloat16() for key, value in bare.items()})
     rough = load("dit.safetensors", stats="stats.pt").kdiff.net
     assert error(output(rough), output(net)) < 0.05
@@ -1523,7 +1526,7 @@ def test_weights_are_fetched_once(weights, monkeypatch):
     def fetched(name):
         monkeypatch.setattr(fid, "URL", Path(name).absolute().as_uri())
         return fid.make_extractor()
-    for name, printed in (("gone.pth", "hub/checkpoints.*--weights"), ("other.pth", "invalid hash")):
+    for name, printed in (("gone.pth", "put it at hub/checkpoints"), ("other.pth", "invalid hash")):
         refused(printed, fetched, name)
     assert not os.listdir("hub/checkpoints")
     for _ in range(2):
