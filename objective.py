@@ -72,8 +72,8 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
-    # b and a are clamped like Delta, so that equal ones cancel: for target x Delta is b, and the x-loss
-    # is then the plain u-loss
+    # b and a are clamped like Delta. So the factor is exactly 1 where they are equal: for target x
+    # Delta is b, and the x-loss is the plain u-loss
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -95,7 +95,8 @@ class KDiff(nn.Module):
     loss        the variable whose error is squared: "v" (the paper's), "u", "x" or "eps"
     channels    C, needed if the target learns a number for each channel (default: net.in_channels)
     k_start     where k starts, from 0.001 to 0.999: a number, or a tensor that broadcasts to w
-    ValueError: an unknown target or loss; "two" with loss "u", which is 0 at k1 = k2 = 0; no channels."""
+    ValueError: an unknown target or loss; "two" with loss "u", where target and loss would vanish at
+    k1 = k2 = 0; a target that needs channels, without them."""
 
     def __init__(self, net, target="k", *, num_classes, t_mean=-0.8, t_std=0.8, noise_scale=1.0, tau=0.05,
                  label_drop=0.1, loss="v", channels=None, k_start=0.5):
@@ -260,14 +261,14 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
         dL/dk = 2 <(r t k - sigma^2 (1-t) (1-k)) / Delta^3>,
     which is 0 at
         k = 1 / (1 + rho),   rho = <r t / Delta^3> / (sigma^2 <(1-t) / Delta^3>).
-    This is exact for linear blind networks on data of any distribution, and for all of them
-    on Gaussian data.
+    This is exact for blind networks that are linear at each t, on data of any distribution, and for
+    all blind networks on Gaussian data.
 
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
-    the slope. Subtract from target and input the regression on the other inputs. What remains of
-    u_i is k m_i - (1-k) e_i, and of z_i it is t m_i + (1-t) e_i. Their covariance is the numerator
-    in dL/dk, r t k - sigma^2 (1-t) (1-k). At this k its mean over the times, weighted by 1 / Delta^3,
-    is 0. So for all times together a linear use of z_i gains nothing. At single times it does.
+    that dL/dk is itself a covariance. Regression on the other inputs leaves k m_i - (1-k) e_i of u_i,
+    and t m_i + (1-t) e_i of z_i. Their covariance is r t k - sigma^2 (1-t) (1-k), the numerator in
+    dL/dk. So at this k a blind network would gain nothing if it could add a multiple of z_i / Delta
+    to its output i. Other uses of z_i do help, at single times for instance.
 
     If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss, k is
     k_of_direction(). A k that is free at each t is sigma^2 (1-t) / (sigma^2 (1-t) + r t)."""
@@ -385,7 +386,7 @@ def check_spectrum():
     show("s^2", variances, 2)
     show("learned", learned)
     show("theory", k_of_direction(variances))
-    print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise raises k, as more pixels do\n")
+    print("\nOne k for all of them, D / (D + trace S / sigma^2): louder noise raises k\n")
     for sigma in (0.7, 1, 2):
         S = torch.diag(variances / sigma ** 2)
         learned, _ = descend(S, TWO_TIMES)

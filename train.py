@@ -34,8 +34,8 @@ from sample import (Checkpoint, append_row, autocast, build_kdiff, check_interva
                     compile_network, default_average, draw_curves, fastest_dtype, grid, open_codec,
                     read_checkpoint, read_log, read_rows, save_picture, write_rows)
 
-# Table 4. A row is a flag. The columns are the two spaces, and begin at characters 20 and 44; "-" sets
-# nothing, or leaves the choice to fill_in().
+# Table 4. A row is a flag. There is a column for latent space and one for pixel space, which begin at
+# characters 20 and 44. "-" sets nothing, or leaves the choice to fill_in().
 TABLE_4 = """
                     latent                  pixel
     --model         LightningDiT-XL/1       -
@@ -335,11 +335,10 @@ class State:
             self.averages[str(decay)] = copy.deepcopy(kdiff).eval().requires_grad_(False)
         self.parameters = [p for p in kdiff.parameters() if p.requires_grad]
         of_net = set(kdiff.net.parameters())
-        groups = []
-        for chosen in (True, False):                       # net, then w: all outside net has its own rate
-            params = [p for p in self.parameters if (p in of_net) == chosen]
-            if params:
-                groups.append({"of_net": chosen, "params": params})
+        groups = [{"of_net": True, "params": [p for p in self.parameters if p in of_net]}]
+        others = [p for p in self.parameters if p not in of_net]           # w, which has a rate of its own
+        if others:
+            groups.append({"of_net": False, "params": others})
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def save(path, state):
@@ -449,7 +448,7 @@ def parse(argv=None):
         kdiff = KDiff(None, args.target, num_classes=0, loss=args.loss, channels=VAVAE.channels)
     except ValueError as error:
         raise UserError(f"--target: {error}") from error
-    # flags without effect are refused; of steps and epochs, yours comes before the preset's
+    # flags without effect are refused; your --epochs replaces the preset's --steps
     for name in ("k_start", "k_lr"):
         require(kdiff.w is not None or getattr(typed, name) is None,
                 f"--{name} has no effect on --target {args.target}, where nothing is learned")
