@@ -72,8 +72,8 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
-    # b and a are clamped like Delta. So the factor is exactly 1 where they are equal: for target x
-    # Delta is b, and the x-loss is the plain u-loss
+    # b and a are clamped like Delta, so that the factor is exactly 1 where Delta equals the numerator:
+    # for target x Delta is b, and the x-loss is the plain u-loss
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -267,8 +267,8 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
     that dL/dk is itself a covariance. Regression on the other inputs leaves k m_i - (1-k) e_i of u_i,
     and t m_i + (1-t) e_i of z_i. Their covariance is r t k - sigma^2 (1-t) (1-k), the numerator in
-    dL/dk. So at this k a blind network would gain nothing if it could add a multiple of z_i / Delta
-    to its output i. Other uses of z_i do help, at single times for instance.
+    dL/dk. So at this k a blind network would gain nothing if it could add s z_i / Delta to its
+    output i, with one number s for all times. (An s that depends on t would help.)
 
     If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss, k is
     k_of_direction(). A k that is free at each t is sigma^2 (1-t) / (sigma^2 (1-t) + r t)."""

@@ -1311,6 +1311,8 @@ def test_init_takes_what_fits_and_says_what_does_not(call, photos):
         assert printed in said and said.count("--init ") == 1
         ours = read_tensors(f"{new}/ckpt.pt")["model"]
         assert [key for key in source if not torch.equal(ours[key], source[key])] == [new]
+    assert "w, if it has one, is left out" in call(words, "start --preset demo --k_start 0.7")
+    assert load("start/ckpt.pt").kdiff.ks()["k"].item() == approx(0.7)
     assert "contains a JiT-narrow/8, not a JiT-wide/8" in call(words, "no --model JiT-wide/8", status=2)
 
 # ---- fid.py ------------------------------------------------------------------------------------------------

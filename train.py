@@ -401,11 +401,9 @@ def start_from(args, config, kdiff, codec, classes):
     left_out = [f"net.{table}" for table in TABLES]
     require(bool(source.get("components")) == config["components"],
             f"{name}: one of the two has principal components as channels, the other pixels")
-    if args.k_given:
+    if args.k_given or source["target"] != args.target:
         left_out.append("w")
-    if source["target"] != args.target:
-        left_out.append("w")
-        print0(f"{name} predicts {source['target']}, this run {args.target}: it will have to adapt")
+        print0(f"{name} predicts {source['target']}, this run {args.target}: w, if it has one, is left out")
     if source["shape"] != config["shape"]:
         print0(f"{name} is for x of {source['shape']}, this run for {config['shape']}: positions are new")
     known = kept["classes"]
@@ -750,7 +748,7 @@ class Log:
         state, args = self.state, self.args
         # the means over the steps that were not skipped
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
-        loss, grad = all_reduce(means).tolist()            # a mean of means: each process has as many steps
+        loss, grad = all_reduce(means).tolist()            # a mean of means: all processes count the same steps
         self.good = []
         speed = (state.step - self.written) * args.batch_size / (time.perf_counter() - self.since)
         self.written = state.step
