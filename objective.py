@@ -72,8 +72,8 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
-    # b and a are clamped like Delta, so that the factor is exactly 1 where Delta equals the numerator:
-    # for target x Delta is b, and the x-loss is the plain u-loss
+    # b and a are clamped like Delta. So for target x, whose Delta is b, the x-loss is exactly the u-loss,
+    # and for target eps, whose Delta is a, the eps-loss is
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -172,8 +172,8 @@ class KDiff(nn.Module):
     @torch.no_grad()
     def ks(self):
         """What was learned, as {name: number in a tensor}: "k" is k, or its mean over times and
-        channels. A w of a few numbers adds k1, k2, ... before it. A w for each channel adds
-        k_min and k_max after it."""
+        channels. For a w of a few numbers k1, k2, ... come before it. For a w for each channel k_min
+        and k_max come after it."""
         w = torch.zeros(0)
         if self.w is not None:
             w = self.w
@@ -219,9 +219,9 @@ def innovation(x, noise):
     I)^-1]_ii. Without the coordinate's own noise it is
         r_i = 1 / [(S + noise I)^-1]_ii - noise.
     If a picture has at most EXACT numbers, and there are at least as many pictures as numbers, S is
-    measured and its eigenvalues are used. Otherwise pictures are taken for stationary: S is then
-    diagonal in the Fourier basis, a C x C matrix S_f for each frequency f, and [(S + noise I)^-1]_ii
-    is the mean over f of [(S_f + noise I)^-1]_cc."""
+    measured and its eigenvalues are used. Otherwise pictures are taken for stationary. In the
+    Fourier basis S then consists of blocks, a C x C matrix S_f for each frequency f. For i in channel c,
+    [(S + noise I)^-1]_ii is the mean over f of [(S_f + noise I)^-1]_cc."""
     N, C, H, W = x.shape
     x = x - x.mean(0)
     if x[0].numel() <= min(N, EXACT):
@@ -265,7 +265,7 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     all blind networks on Gaussian data.
 
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
-    that dL/dk is itself a covariance. Regression on the other inputs leaves k m_i - (1-k) e_i of u_i,
+    what dL/dk is made of. Regression on the other inputs leaves k m_i - (1-k) e_i of u_i,
     and t m_i + (1-t) e_i of z_i. Their covariance is r t k - sigma^2 (1-t) (1-k), the numerator in
     dL/dk. So at this k a blind network would gain nothing if it could add s z_i / Delta to its
     output i, with one number s for all times. (An s that depends on t would help.)

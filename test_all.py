@@ -1258,7 +1258,7 @@ def test_pca_latents_are_white_and_stay_with_their_weights(call, photos):
 
 def test_channels_of_pixels_are_principal_components_strongest_first(call):
     """The basis is orthonormal: noise stays white; variances are the eigenvalues; samples are images."""
-    call(TINY, "--target channel --steps 1 --out run")
+    call(TINY, "--target channel --label_drop 0 --steps 1 --out run")
     codec = load("run/ckpt.pt").codec
     basis = codec.tokenizer.basis
     assert_close(basis.T @ basis, torch.eye(192), atol=1e-5, rtol=0)
@@ -1269,6 +1269,7 @@ def test_channels_of_pixels_are_principal_components_strongest_first(call):
     assert_close(variances[:32], values[:32], rtol=0.05, atol=0)
     call("sample.py run/ckpt.pt --n 8 --steps 2 --out s.npz")
     assert np.load("s.npz")["arr_0"].shape == (8, 16, 16, 3)
+    assert "nothing to guide away from" in call("sample.py run/ckpt.pt --cfg 2", status=2)
 
 def test_checkpoints_are_measured_once(call, monkeypatch):
     """fid.csv has a row for each checkpoint, reference and setting: the distance of those samples."""
