@@ -72,8 +72,8 @@ def error_scale(loss, c, d, t, tau):
     like t, c, d."""
     a, b, da, db = path(t)
     delta = clamped_delta(c, d, t, tau)
-    # b and a are clamped like Delta. So for target x, whose Delta is b, the x-loss is exactly the u-loss,
-    # and for target eps, whose Delta is a, the eps-loss is
+    # b and a are clamped like Delta. So the x-loss of target x (Delta = b) and the eps-loss of target
+    # eps (Delta = a) are exactly the u-loss
     numerator = {"v": da * b - db * a, "u": delta, "x": b.clamp(min=tau), "eps": a.clamp(min=tau)}
     return numerator[loss] / delta
 
@@ -265,9 +265,9 @@ def k_of_innovation(x, t_mean, t_std, noise_scale=1.0, together=False, points=20
     all blind networks on Gaussian data.
 
     Trained networks see their input, and yet in pixels they end close to this k. One reason may be
-    what dL/dk is made of. Regression on the other inputs leaves k m_i - (1-k) e_i of u_i,
-    and t m_i + (1-t) e_i of z_i. Their covariance is r t k - sigma^2 (1-t) (1-k), the numerator in
-    dL/dk. So at this k a blind network would gain nothing if it could add s z_i / Delta to its
+    what dL/dk is made of. After regression on the other inputs k m_i - (1-k) e_i remains of u_i,
+    and t m_i + (1-t) e_i remains of z_i. Their covariance is r t k - sigma^2 (1-t) (1-k), the
+    numerator in dL/dk. So at this k a blind network would gain nothing if it could add s z_i / Delta to its
     output i, with one number s for all times. (An s that depends on t would help.)
 
     If the rest tells nothing, r is the variance. If, moreover, the loss is the u-loss, k is
