@@ -928,9 +928,9 @@ def new_file(path):
                 temporary.unlink(missing_ok=True)
                 raise
 
-def download(url, path, **how):
-    """Fetch url to path, whole or not at all. FileError if it cannot be fetched."""
-    with reading(url, "to be fetched", f"; fetch it elsewhere and put it at {path}"):
+def download(url, path, remedy="", **how):
+    """Fetch url to path, whole or not at all. FileError if it cannot be fetched. remedy: what else helps."""
+    with reading(url, "to be fetched", f"; fetch it elsewhere and put it at {path}{remedy}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, **how)
 

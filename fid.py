@@ -178,7 +178,7 @@ def make_extractor(features="inception", weights=None, device="cpu"):
         return Pixels().to(device)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", Path(URL).name))
     if not weights and not path.exists():
-        download(URL, path, hash_prefix=WEIGHTS)
+        download(URL, path, ", or name it with --weights", hash_prefix=WEIGHTS)
     return Inception(path).to(device)
 
 def sha256(path):

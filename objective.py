@@ -225,9 +225,10 @@ def innovation(x, noise):
     N, C, H, W = x.shape
     x = x - x.mean(0)
     if x[0].numel() <= min(N, EXACT):
+        S = torch.cov(x.flatten(1).T)
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)                   # eigh in several takes up to 10 times as long on busy cores
-        values, vectors = torch.linalg.eigh(torch.cov(x.flatten(1).T))            # (C H W,), (C H W, C H W)
+        torch.set_num_threads(1)                   # where cores are busy, several take 10 times as long
+        values, vectors = torch.linalg.eigh(S)                                    # (C H W,), (C H W, C H W)
         torch.set_num_threads(threads)
         square = vectors.double().square()
         square = square / square.sum(1, keepdim=True)                 # eigh in float32 is 1e-6 off

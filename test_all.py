@@ -1259,7 +1259,8 @@ def test_pca_latents_are_white_and_stay_with_their_weights(call, photos):
 def test_channels_of_pixels_are_principal_components_strongest_first(call):
     """The basis is orthonormal: noise stays white; variances are the eigenvalues; samples are images."""
     call(TINY, "--target channel --label_drop 0 --steps 1 --out run")
-    codec = load("run/ckpt.pt").codec
+    _, codec, config, *_ = load("run/ckpt.pt")
+    assert config["flip"] is False                                          # shapes are never mirrored
     basis = codec.tokenizer.basis
     assert_close(basis.T @ basis, torch.eye(192), atol=1e-5, rtol=0)
     images = data.some_items(Shapes(6400, 16), 6400)
@@ -1529,7 +1530,8 @@ def test_weights_are_fetched_once(weights, monkeypatch):
     def fetched(name):
         monkeypatch.setattr(fid, "URL", Path(name).absolute().as_uri())
         return fid.make_extractor()
-    for name, printed in (("gone.pth", "put it at hub/checkpoints"), ("other.pth", "invalid hash")):
+    for name, printed in (
+            ("gone.pth", "put it at hub/checkpoints.*--weights"), ("other.pth", "invalid hash")):
         refused(printed, fetched, name)
     assert not os.listdir("hub/checkpoints")
     for _ in range(2):

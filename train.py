@@ -654,8 +654,8 @@ def describe(args, config, kdiff, data):
            "image and forward")
     print0(f"steps     {args.steps:,} = {args.steps / per_epoch:,.2f} epochs of {per_epoch:,.1f} steps")
     average = default_average(map(str, args.ema), args.steps)
-    print0(f"pictures  from the weights' average {average} (the longest that has forgotten the start; if none "
-           f"has, the weights themselves); guidance {config['cfg']}")
+    print0(f"pictures  from the weights' average {average} (the longest that has forgotten the start; "
+           f"if none has, the weights themselves); guidance {config['cfg']}")
     print0(f"writes to {args.out}")
 
 def estimate(args, config, kdiff):
@@ -748,7 +748,7 @@ class Log:
         state, args = self.state, self.args
         # the means over the steps that were not skipped
         means = torch.tensor(self.good or [(math.nan, math.nan)]).mean(0) / WORLD
-        loss, grad = all_reduce(means).tolist()            # a mean of means: all processes count the same steps
+        loss, grad = all_reduce(means).tolist()            # a mean of means: all count the same steps
         self.good = []
         speed = (state.step - self.written) * args.batch_size / (time.perf_counter() - self.since)
         self.written = state.step
